@@ -33,7 +33,7 @@ from orchard.decisions.gate import Gate, named_account
 from orchard.decisions.liveness import Liveness, Source
 from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, APIOperation, refuse_unknown, subject_of
-from orchard.handlers.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
+from orchard.handlers.answers import PRODUCT_ERRORS, HeaderPairs, found, http_error, not_leading
 from orchard.handlers.parameters import read_choice
 from orchard.net.browsers import BrowserRules, without_challenge
 from orchard.net.request import (
@@ -147,42 +147,45 @@ class API:
             authorization, bearer = request.headers.get("authorization"), operation.bearer is not None
             # A request without credentials is not a guess.
             if authorization is None:
-                return self._admit_sender(operation, name, gate.identify(None))
+                return self._admit_sender(request, operation, name, gate.identify(None))
             sender = gate.recall(authorization, bearer=bearer)
             if sender is None:
                 account = named_account(authorization)
                 check = partial(gate.identify, authorization, bearer=bearer)
                 if gate.limit.is_limited(request.peer, account):
                     pauses = gate.limit.check(request.peer, account, check)
-                    return SlowAdmission(partial(self._admit_later, operation, name, pauses))
+                    return SlowAdmission(partial(self._admit_later, request, operation, name, pauses))
                 sender = gate.limit.check_now(request.peer, account, check)
-            return self._admit_sender(operation, name, sender)
-        except REFUSALS as error:
+            return self._admit_sender(request, operation, name, sender)
+        except PRODUCT_ERRORS as error:
             raise without_challenge(request, http_error(error)) from error
 
-    def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | Access) -> Admitted:
-        """Return the admission of a sender to an operation. Raises HTTPError."""
-        account = sender.account if isinstance(sender, Access) else sender.name
-        try:
-            if isinstance(sender, Access):
-                vm = found("VM", self.state.vms, name)
-                if vm.uid != sender.vm_uid:
-                    raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
-                return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
-            role = None if operation.role == "public" else operation.role
-            if role is not None:
-                auth.require(sender, role)
-            return Admitted(operation, name, account, role, account)
-        except REFUSALS as error:
-            raise http_error(error, account) from error
+    def _admit_sender(
+        self, request: Request, operation: APIOperation, name: str, sender: ServiceAccount | Access
+    ) -> Admitted:
+        """Return the admission of a sender to an operation. Raises HTTPError(404), ForbiddenError."""
+        account = request.account = sender.account if isinstance(sender, Access) else sender.name
+        if isinstance(sender, Access):
+            vm = found("VM", self.state.vms, name)
+            if vm.uid != sender.vm_uid:
+                raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
+            return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
+        role = None if operation.role == "public" else operation.role
+        if role is not None:
+            auth.require(sender, role)
+        return Admitted(operation, name, account, role, account)
 
     async def _admit_later(
-        self, operation: APIOperation, name: str, pauses: Generator[float, None, ServiceAccount | Access]
+        self,
+        request: Request,
+        operation: APIOperation,
+        name: str,
+        pauses: Generator[float, None, ServiceAccount | Access],
     ) -> Admitted:
         """Admit a sender whose credentials are checked after pauses. Raises HTTPError, but not 401."""
         try:
-            return self._admit_sender(operation, name, await sleep_pauses(pauses))
-        except REFUSALS as error:
+            return self._admit_sender(request, operation, name, await sleep_pauses(pauses))
+        except PRODUCT_ERRORS as error:
             raise http_error(error) from error
 
     def refuse_all(self) -> HTTPError | None:
@@ -202,7 +205,7 @@ class API:
             with self.parts.sessions.cancel_when_over(admitted.account, admitted.role):
                 return await self._answer(request, admitted)
         except auth.ForbiddenError as error:
-            raise http_error(error, admitted.account) from error
+            raise http_error(error) from error
 
     async def _answer(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Let the handler answer, and wait until everything that its answer is based on is durable.
@@ -213,16 +216,18 @@ class API:
         attempts = _READ_ATTEMPTS if operation.method == "GET" else 1
         try:
             await self._read(request, admitted)
-        except REFUSALS as error:
+        except PRODUCT_ERRORS as error:
             raise http_error(error) from error
         while True:
             attempts -= 1
-            refusal: Exception | None = None
+            refusal: HTTPError | None = None
             try:
                 decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request, admitted)
                 answer = await decided if isinstance(decided, Awaitable) else decided
-            except REFUSALS as error:
+            except HTTPError as error:
                 refusal = error
+            except PRODUCT_ERRORS as error:
+                refusal = http_error(error)
             try:
                 await self.store.wait_durable()
             except PRODUCT_ERRORS as error:
@@ -231,9 +236,8 @@ class API:
                     continue
                 raise http_error(error) from error
             if refusal is not None:
-                refused = http_error(refusal)
-                refused.headers = (*refused.headers, *remarks.headers())
-                raise refused from refusal
+                refusal.headers = (*refusal.headers, *remarks.headers())
+                raise refusal
             if isinstance(answer, Response) and isinstance(answer.body, bytes) and answer.body:
                 # So that a terminal shows its prompt on a line of its own.
                 answer.body += b"\n"

@@ -72,7 +72,6 @@ async def serve_health(
 class _Anonymous:
     """A scraper or a load balancer, as an Admission of net/request.py."""
 
-    account: str = ""
     authenticated: bool = False
     body_limit: int = 0
 

@@ -52,15 +52,10 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     RevisionGoneError: 410,
 }
 PRODUCT_ERRORS: tuple[type[Exception], ...] = tuple(ERROR_STATUS)
-REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
 
 
-def http_error(error: Exception, account: str = "") -> HTTPError:
-    """Return the answer to a request of `account` that failed with an HTTPError or an error of ERROR_STATUS."""
-    if isinstance(error, HTTPError):
-        return HTTPError(
-            error.status, error.message, error.headers, account=account or error.account, details=error.details
-        )
+def http_error(error: Exception) -> HTTPError:
+    """Return the answer to a request that failed with an error of ERROR_STATUS."""
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
     headers: HeaderPairs = ()
     if isinstance(error, auth.UnauthenticatedError):
@@ -70,7 +65,7 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
     elif isinstance(error, StorageUnavailableError):
         # Soon another controller leads, or this one is started again.
         headers = (("Retry-After", "1"),)
-    return HTTPError(status, str(error), headers, account=account)
+    return HTTPError(status, str(error), headers)
 
 
 def not_leading() -> HTTPError:

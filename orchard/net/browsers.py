@@ -94,7 +94,7 @@ def without_challenge(request: Request, error: HTTPError) -> HTTPError:
     if error.status != 401 or not _is_from_browser(request):
         return error
     headers = [(name, value) for name, value in error.headers if name != "WWW-Authenticate"]
-    return HTTPError(error.status, error.message, headers, account=error.account)
+    return HTTPError(error.status, error.message, headers)
 
 
 def normal_origin(text: str) -> str:

@@ -80,7 +80,6 @@ class Exchange:
     """One request and its answer. `run` is called once; `fail` after it raised, `end` in any case."""
 
     __slots__ = (
-        "_account",
         "_connection",
         "_ended",
         "_keep_alive",
@@ -98,8 +97,7 @@ class Exchange:
         self._server = connection.server
         self._request: Request | None = None
         self._release: Callable[[], None] | None = None
-        # For the request log: who sent it, and whether the answer says that it is routine.
-        self._account = ""
+        # Whether the answer says that the request is routine, for the request log.
         self._routine = False
         # When the head was complete; negative when the request was logged.
         self._since = 0.0
@@ -120,7 +118,6 @@ class Exchange:
             except BaseExceptionGroup as group:
                 raise sole_exception(group) from None
         except HTTPError as error:
-            self._account = error.account or self._account
             answer = error_response(error)
         # Asked last, because the handler, the admission and their errors have read the state.
         if answer is not None and (refusal := self._server.service.refuse_all()) is not None:
@@ -170,7 +167,7 @@ class Exchange:
             "path": request.path[:_LOGGED_PATH] if request is not None else "-",
             "status": self._status or _CLIENT_GONE,
             "duration_ms": round((trio.current_time() - since) * 1000, 1) if request is not None else 0.0,
-            "account": _printable(self._account) if self._account else "-",
+            "account": request.account or "-" if request is not None else "-",
             "peer": self._connection.peer,
         }
         self._server.log.log(level, "request", extra=fields)
@@ -194,7 +191,6 @@ class Exchange:
         admission = server.service.admit(request)
         admitted = await self._watched(admission.work) if isinstance(admission, SlowAdmission) else admission
         assert admitted is not None
-        self._account = admitted.account
         if admitted.authenticated:
             server.unauthenticated.remove(self._connection)
         if self._unread:
@@ -454,11 +450,6 @@ class _PieceSender:
                 for part in parts:
                     await self._connection.send(part)
             self.torn = False
-
-
-def _printable(text: str) -> str:
-    """Escape characters that could end a line of the log or hide in it."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 # ---- WebSockets and tunnels -------------------------------------------------------------------------------------------

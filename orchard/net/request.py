@@ -83,7 +83,6 @@ _UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
 class HTTPError(Exception):
     """A request is answered with an error: a status, a message of one sentence, and further headers.
 
-    `account` is the account that sent a request which is not admitted, if it is known. It is for the request log.
     `details` are further fields of the answer's JSON.
     """
 
@@ -93,14 +92,12 @@ class HTTPError(Exception):
         message: str,
         headers: Sequence[tuple[str, str]] = (),
         *,
-        account: str = "",
         details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = tuple(headers)
-        self.account = account
         self.details = details or {}
 
 
@@ -191,8 +188,9 @@ class Request:
     # Still percent-encoded, so that an encoded slash does not separate segments. Router.match decodes it.
     path: str = field(init=False)
     query: Query = field(init=False)
-    # The pattern of its path, set when it is admitted; "" as long as it is unknown.
+    # The pattern of its path and the account that sent it, set by the admission; "" as long as they are unknown.
     route: str = field(default="", init=False)
+    account: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.path, _, query = self.target.partition("?")
@@ -315,10 +313,6 @@ AnyResponse = Response | Stream | WebSocketUpgrade | TunnelUpgrade | WhileConnec
 
 class Admission(Protocol):
     """What admission found out about a request, as far as the server needs it; the handler gets all of it."""
-
-    @property
-    def account(self) -> str:
-        """The account that sent the request, for the request log; "" if it is not known."""
 
     @property
     def authenticated(self) -> bool:

@@ -9,9 +9,8 @@ from orchard.net.request import Request
 
 @dataclass(frozen=True)
 class Sender:
-    """An admitted sender; `account` is for the request log, `body_limit` in bytes."""
+    """An admitted sender; `body_limit` is in bytes."""
 
-    account: str = ""
     authenticated: bool = True
     body_limit: int = 4 * 1024 * 1024
 

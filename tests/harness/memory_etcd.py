@@ -120,7 +120,6 @@ class Users:
 
 @dataclass(slots=True)
 class Admitted:
-    account: str = ""
     authenticated: bool = True
     body_limit: int = 4 * MAX_MESSAGE_BYTES
 

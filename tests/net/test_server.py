@@ -671,14 +671,18 @@ async def test_headers_and_query_reach_the_handler(autojump_clock: Clock) -> Non
     assert [answer.status for answer in (await ask(head, handler))[0]] == [200]
 
 
-async def test_request_log_escapes_and_leaves_out_the_query(autojump_clock: Clock) -> None:
+async def test_request_log_leaves_out_the_query(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         await trio.sleep(0.25)
         return Response(404)
 
-    async with serving(handler, admit=lambda _: Sender("eve\n127.0.0.1 forged")) as served:
+    def admit(request: Request) -> Sender:
+        request.account = "eve"
+        return Sender()
+
+    async with serving(handler, admit=admit) as served:
         await talk(served, [GET.replace(b"/ ", b"/v1/vms%0a?token=secret ") + b"BAD\r\n\r\n"])
-    assert served.requests == ["GET /v1/vms%0a 404 250.0 eve\\n127.0.0.1 forged -", "- - 400 0.0 - -"]
+    assert served.requests == ["GET /v1/vms%0a 404 250.0 eve -", "- - 400 0.0 - -"]
     assert vars(served.records.records[0])["duration_ms"] == 250.0
     assert "secret" not in repr([vars(record) for record in served.records.records])
 
@@ -728,7 +732,8 @@ async def test_100_continue_is_not_sent_if_the_body_is_here_or_refused(
 async def test_refused_admission_closes_only_if_a_body_is_unread(autojump_clock: Clock) -> None:
     def admit(request: Request) -> Sender:
         assert request.body == b""
-        raise HTTPError(403, "you may not", account="somebody")
+        request.account = "somebody"
+        raise HTTPError(403, "you may not")
 
     async with serving(echo, admit=admit) as served:
         answers, closed = await talk(served, [GET + GET])
