@@ -36,7 +36,7 @@ import trio
 from orchard import controller
 from orchard.base.files import LIFECYCLE_FILE
 from orchard.client import Client, ClientError
-from orchard.net.request import HeaderBlock, Headers
+from orchard.net.request import HeaderBlock
 from orchard.schema import TART_VMS, Event, Worker
 from orchard.state.change_log import ChangeLog
 from orchard.vm.synthetic import SyntheticDriver
@@ -57,7 +57,7 @@ EQUAL_COUNTS = 20
 # rounds.
 LEAKED_OBJECTS = 4
 # The last headers of requests and the last batch of events, each up to a bound.
-REMEMBERED = (HeaderBlock, Headers, Event)
+REMEMBERED = (HeaderBlock, Event)
 # Fewer rounds say nothing about memory.
 MEMORY_ROUNDS = 10
 # Memory may grow by this share after the first half of the rounds.

@@ -34,7 +34,7 @@ from orchard.handlers.admission import Admitted, APIOperation
 from orchard.handlers.answers import ERROR_STATUS, http_error
 from orchard.handlers.vms import create_vm
 from orchard.net.openapi import PROBLEMS
-from orchard.net.request import Headers, Query, Request, Stream
+from orchard.net.request import Query, Request, Stream
 from orchard.operations import OPERATIONS
 from orchard.resources.validation import vm_from_client
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ClusterSettings, Role, ServiceAccount
@@ -879,7 +879,7 @@ async def test_no_body_holds_the_event_loop(
 
 async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
     request = Request(
-        method="POST", target="/v1/vms", headers=Headers({})
+        method="POST", target="/v1/vms", headers={}
     )  # fmt: skip
     admitted = api.api.admit(request)
     assert isinstance(admitted, Admitted)

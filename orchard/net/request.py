@@ -147,26 +147,6 @@ class Query:
         return values[0] if values else None
 
 
-class Headers:
-    """The headers of a request. Made of lower-case names; several of one name are joined with commas."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, values: Mapping[str, str]) -> None:
-        self._values = values
-
-    def get(self, name: str) -> str | None:
-        """Return the value of a header whose name is given in any case, None if it is absent. Bytes are decoded as Latin-1."""
-        return self._values.get(name.lower())
-
-    def names(self) -> set[str]:
-        return set(self._values)
-
-    def replaced(self, name: str, value: str) -> Headers:
-        """Return headers with another value for a lower-case name."""
-        return Headers({**self._values, name: value})
-
-
 def list_members(value: str | None) -> list[str]:
     """Return the members of a comma-separated header in lower case, without the empty ones (RFC 9110, section 5.6.1)."""
     return [member for part in value.split(",") if (member := part.strip(" \t").lower())] if value else []
@@ -179,7 +159,8 @@ class Request:
     method: str
     # A path and a query.
     target: str
-    headers: Headers
+    # By their names in lower case. Several of one name are joined with commas, and bytes are decoded as Latin-1.
+    headers: Mapping[str, str]
     # "1.0" or "1.1".
     version: str = "1.1"
     body: bytes = field(default=b"", repr=False)
@@ -345,7 +326,8 @@ def error_response(error: HTTPError) -> Response:
 class HeaderBlock:
     """The headers of a request, and what follows from them."""
 
-    headers: Headers
+    # As Request.headers.
+    headers: Mapping[str, str]
     # Bytes of the body; None: it is chunked.
     length: int | None
     # Whether another request may follow on the connection.
@@ -391,7 +373,7 @@ def parse_head(head: bytes, header_count: int, peer: str = "-") -> tuple[Request
     fields = read_block(version, block, header_count)
     if authority:
         # RFC 9112, section 3.2.2: the target of an absolute form replaces the Host header.
-        fields = replace(fields, headers=fields.headers.replaced("host", authority.decode("ascii")))
+        fields = replace(fields, headers={**fields.headers, "host": authority.decode("ascii")})
     request = Request(method.decode("ascii"), target.decode("ascii"), fields.headers, version, peer=peer)
     return request, fields
 
@@ -465,7 +447,7 @@ def _decide(version: Version, block: bytes, found: Mapping[str, str]) -> HeaderB
     # that a proxy which expects the other protocol cannot take what follows for it.
     unknown_upgrade = any(protocol != "websocket" for protocol in list_members(found.get("upgrade")))
     return HeaderBlock(
-        Headers(found),
+        found,
         _body_length(version, block, found),
         keep_alive=version == "1.1" and not unknown_upgrade and "close" not in list_members(found.get("connection")),
         # RFC 9110, section 10.1.1: in HTTP/1.0 it is ignored.

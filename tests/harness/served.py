@@ -29,7 +29,6 @@ from orchard.decisions.gate import Gate
 from orchard.decisions.login_limit import LoginLimit
 from orchard.net.request import (
     BodyPiece,
-    Headers,
     HTTPError,
     Request,
     Response,
@@ -133,7 +132,7 @@ class Served:
         request = Request(
             method=method,
             target="/v1" + target,
-            headers=Headers(headers),
+            headers=headers,
             body=raw if body is ... else json.dumps(body).encode(),
             peer=peer,
         )

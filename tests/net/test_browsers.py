@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchard.net.browsers import BrowserRules, normal_name, normal_origin, without_challenge
-from orchard.net.request import Headers, HTTPError, Request
+from orchard.net.request import HTTPError, Request
 
 OWN = {"host": "controller:6120", "origin": "https://controller:6120"}
 BODY = {"content-length": "2"}
@@ -88,7 +88,7 @@ HOSTS = {
 
 def status_of(rules: BrowserRules, headers: dict[str, str]) -> int:
     try:
-        rules.check(Request("POST", "/", Headers(headers)))
+        rules.check(Request("POST", "/", headers))
     except HTTPError as error:
         return error.status
     return 200
@@ -119,10 +119,10 @@ def test_links_of_other_sites(case: str) -> None:
     method, target, headers, accepted = LINKS[case]
     rules = BrowserRules(pages=["/ui/"])
     if accepted:
-        rules.check(Request(method, target, Headers(headers)))
+        rules.check(Request(method, target, headers))
     else:
         with pytest.raises(HTTPError) as refused:
-            rules.check(Request(method, target, Headers(headers)))
+            rules.check(Request(method, target, headers))
         assert refused.value.status == 403
 
 
@@ -139,7 +139,7 @@ def test_refusal_of_credentials_asks_no_browser_for_them() -> None:
         ({"host": "h", "sec-fetch-site": "same-origin"}, ["Retry-After"]),
         ({"host": "h", "origin": "http://h"}, ["Retry-After"]),
     ):
-        refused = without_challenge(Request("GET", "/", Headers(headers)), error)
+        refused = without_challenge(Request("GET", "/", headers), error)
         assert [name for name, _ in refused.headers] == expected
 
 

@@ -56,12 +56,10 @@ def test_accepted_head_is_read_as_h11_reads_it(pieces: list[bytes]) -> None:
     assert isinstance(event, h11.Request)
     assert (parsed.method, parsed.version) == (event.method.decode(), "1.0" if event.http_version == b"1.0" else "1.1")
     assert event.target.decode().endswith(parsed.target)
-    headers = parsed.headers
     values: dict[str, list[str]] = {}
     for name, value in event.headers:
         values.setdefault(name.decode(), []).append(value.decode("latin-1"))
-    assert {name: headers.get(name) for name in values} == {name: ", ".join(all_) for name, all_ in values.items()}
-    assert headers.names() == values.keys()
+    assert parsed.headers == {name: ", ".join(all_) for name, all_ in values.items()}
     if block.length == 0:
         assert isinstance(reader.next_event(), h11.EndOfMessage)
     assert reader.trailing_data[0] == b""
