@@ -41,7 +41,6 @@ from orchard.net.request import (
     HTTPError,
     Request,
     Response,
-    Route,
     Router,
     SlowAdmission,
     Stream,
@@ -127,8 +126,8 @@ class API:
         # The highest revision whose loss was accepted since the start.
         self.accepted_revision = 0
         self.has_pages = bool(pages)
-        routes = [Route(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations]
-        self._router = Router([*routes, *(Route(op.method, f"{parts.prefix}{op.path}", op) for op in pages)])
+        routes = [(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations]
+        self._router = Router([*routes, *((op.method, f"{parts.prefix}{op.path}", op) for op in pages)])
         self.document = document
 
     # -- admission and answer
@@ -137,10 +136,8 @@ class API:
         """Find a request's operation and its sender, before its body is read. Raises HTTPError."""
         self.parts.browsers.check(request)
         try:
-            route, params = self._router.match(request.method, request.path)
-            operation: APIOperation = route.endpoint
+            operation, name = self._router.match(request.method, request.path)
             request.route = operation.path
-            name = params.get("name", "")
             gate = self.parts.gate
             if operation.role == "public" or gate is None:
                 return Admitted(operation, name, "")

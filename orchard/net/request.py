@@ -21,10 +21,10 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 import h11
@@ -78,6 +78,8 @@ _FRAMING = _SINGLE | {"connection", "content-encoding", "expect", "te", "trailer
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # The headers of an answer with status 426 (RFC 9110, section 15.5.22).
 _UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
+
+EndpointT = TypeVar("EndpointT")
 
 
 class HTTPError(Exception):
@@ -586,77 +588,55 @@ def body_too_large(limit: int) -> HTTPError:
 # ---- routes ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """`pattern` is a path with its first slash. A segment in braces matches any one segment that is not empty."""
-
-    method: str
-    pattern: str
-    endpoint: Any
-
-
 def _segments(path: str) -> list[str]:
     """Return the segments of a path. One slash at its end does not count."""
     return path.removesuffix("/").split("/")[1:]
 
 
-class _Node:
-    __slots__ = ("below", "param", "routes")
+class Router(Generic[EndpointT]):
+    """Endpoints by method and path. A pattern may have one name in braces, which any one segment matches that is not empty.
 
-    def __init__(self) -> None:
-        self.below: dict[str, _Node] = {}
-        self.param: _Node | None = None
-        # By method: the route, and the index and name of each segment in braces.
-        self.routes: dict[str, tuple[Route, tuple[tuple[int, str], ...]]] = {}
+    A pattern without a name goes before those with one, and of two with a name the one whose name comes later.
+    """
 
+    def __init__(self, routes: Iterable[tuple[str, str, EndpointT]]) -> None:
+        """A route is a method, a pattern that begins with a slash, and an endpoint.
 
-class Router:
-    """Routes by method and path."""
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        """Raises ValueError if two routes have one method, and patterns that differ in names in braces only."""
-        self._root = _Node()
-        for route in routes:
-            node = self._root
-            names: list[tuple[int, str]] = []
-            for index, segment in enumerate(_segments(route.pattern)):
-                if segment.startswith("{"):
-                    names.append((index, segment[1:-1]))
-                    node.param = node = node.param or _Node()
-                else:
-                    node = node.below.setdefault(segment, _Node())
-            if route.method in node.routes:
-                raise ValueError(f"{route.method} {route.pattern} hides {node.routes[route.method][0].pattern}")
-            node.routes[route.method] = (route, tuple(names))
-
-    def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """Return the route of a percent-encoded path, and the decoded values of its segments in braces by their names.
-
-        Where two patterns first differ, a literal segment goes before one in braces. HEAD is served by GET. Raises
-        HTTPError: 400 for a path that cannot be decoded, 404 for an unknown one, 405 with Allow for a known one with
-        another method.
+        Raises ValueError for a second route of a method and a path, and for a pattern with two names.
         """
-        segments = [percent_decoded(segment, "the path segment") for segment in _segments(path)]
-        nodes = [self._root]
-        for segment in segments:
-            # Kept in the order of preference: the first segment in which two patterns differ decides.
-            below: list[_Node] = []
-            for node in nodes:
-                if segment in node.below:
-                    below.append(node.below[segment])
-                if segment and node.param is not None:
-                    below.append(node.param)
-            nodes = below
-        allowed: set[str] = set()
-        for node in nodes:
-            found = node.routes.get(method) or (node.routes.get("GET") if method == "HEAD" else None)
-            if found is not None:
-                route, names = found
-                return route, {name: segments[index] for index, name in names}
-            allowed.update(node.routes)
-        if not allowed:
+        # By the segments of the pattern, where None is the name, and by method.
+        self._endpoints: dict[tuple[str | None, ...], dict[str, EndpointT]] = {}
+        for method, pattern, endpoint in routes:
+            segments = tuple(None if segment.startswith("{") else segment for segment in _segments(pattern))
+            endpoints = self._endpoints.setdefault(segments, {})
+            if method in endpoints or segments.count(None) > 1:
+                raise ValueError(f"{method} {pattern} is repeated or has two names, expected each route once")
+            endpoints[method] = endpoint
+        # Where patterns have their names, the last place first.
+        self._places = sorted({segments.index(None) for segments in self._endpoints if None in segments}, reverse=True)
+
+    def match(self, method: str, path: str) -> tuple[EndpointT, str]:
+        """Return the endpoint of a percent-encoded path, and the decoded name in it, "" if it has none.
+
+        HEAD is served by GET. Raises HTTPError: 400 for a path that cannot be decoded, 404 for an unknown one, 405 with
+        Allow for a known one with another method.
+        """
+        endpoints, name = self._find([percent_decoded(segment, "the path segment") for segment in _segments(path)])
+        served = "GET" if method == "HEAD" else method
+        if served in endpoints:
+            return endpoints[served], name
+        if not endpoints:
             raise HTTPError(404, f"unknown path {shown(path)}")
-        if "GET" in allowed:
-            allowed.add("HEAD")
-        allow = ", ".join(sorted(allowed))
+        allow = ", ".join(sorted({*endpoints, "HEAD"} if "GET" in endpoints else endpoints))
         raise HTTPError(405, f"the method is {shown(method)}, expected {allow} for {shown(path)}", (("Allow", allow),))
+
+    def _find(self, segments: list[str]) -> tuple[Mapping[str, EndpointT], str]:
+        """Return the endpoints of a path by method, none if it is unknown, and the name in it."""
+        if found := self._endpoints.get(tuple(segments)):
+            return found, ""
+        for place in self._places:
+            if place < len(segments) and (name := segments[place]):
+                found = self._endpoints.get((*segments[:place], None, *segments[place + 1 :]))
+                if found is not None:
+                    return found, name
+        return {}, ""
