@@ -74,6 +74,22 @@ async def test_deleted_vm_frees_its_name_at_once_and_its_slot_when_it_is_shut_do
         await eventually(partial(gone, cluster, old))
 
 
+async def test_vm_that_is_deleted_while_it_waits_for_resources_keeps_them_from_no_other(
+    cluster: InProcessCluster, shutdown: Shutdown
+) -> None:
+    async with cluster.working(resources={TART_VMS: 3, "gpu": 2}):
+        await cluster.client.vms.create(name="old", image="any", resources={"gpu": 1}, **shutdown.fields)
+        await cluster.client.vms.wait("old")
+        await cluster.client.vms.delete("old")
+        await eventually(lambda: shutdown.begun() == ["old"])
+        await cluster.client.vms.create(name="big", image="any", resources={"gpu": 2})
+        await cluster.wait_vm("big", lambda vm: vm.state.status_message == 'waiting for "old" to end')
+        await cluster.client.vms.delete("big")
+        await cluster.client.vms.create(name="small", image="any", resources={"gpu": 1})
+        await eventually(partial(runs, cluster, "small"))
+        shutdown.go()
+
+
 async def runs(cluster: InProcessCluster, name: str) -> bool:
     return (await cluster.client.vms.get(name)).state.status == "running"
 

@@ -88,17 +88,19 @@ _logger = logging.getLogger("orchard.vm.instance")
 class InstanceHost:
     """What all instances of one worker share.
 
-    `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
-    delivers the output of scripts. `note_trouble` is called with an operation, the VM's local name or "", and why the
-    operation failed, "" if it succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
-    controller does not send them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when
-    the worker ends. `worker` is the worker's name. `transfer` is entered while an image is pulled or cloned.
+    `changed` is called when an instance has something new to report, `freed` with its local name when it has ended and
+    holds no resource of the host except its disk, and `task_ended` when its task has ended. `send_events` delivers the
+    output of scripts. `note_trouble` is called with an operation, the VM's local name or "", and why the operation
+    failed, "" if it succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the controller does not
+    send them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
+    `worker` is the worker's name. `transfer` is entered while an image is pulled or cloned.
     """
 
     worker: str
     driver: Driver
     changed: Callable[[], None]
-    ended: Callable[[Instance], None]
+    freed: Callable[[str], None]
+    task_ended: Callable[[Instance], None]
     send_events: SendEvents
     note_trouble: Callable[[Trouble, str, str], None]
     fetch_policies: Callable[[], Awaitable[Sequence[HostDirPolicy] | None]]
@@ -117,8 +119,6 @@ class Instance:
         self.name = vm.tart_name
         # The report that the controller has acknowledged; the worker sets it.
         self.reported: dict[str, Any] | None = None
-        # Set when the instance holds no resource of the host except its disk.
-        self.ended = trio.Event()
         self.state = initial_state(vm, found)
         self._host = host
         self._note = Note(0, hardware_of(vm), suspendable=False)
@@ -162,13 +162,18 @@ class Instance:
     @property
     def ending(self) -> bool:
         """Whether the VM was told to end and may still hold resources."""
-        return self._told and not self.ended.is_set()
+        return self._told and not self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the VM has ended, and holds no resource of the host except its disk."""
+        return self.state.phase in ("ended", "removed")
 
     @property
     def holds_resources(self) -> bool:
         """Whether the VM uses, or is about to use, more than the disk of the host."""
         will_begin = self.state.phase != "waiting" or not self._told
-        return will_begin and not self.ended.is_set() and self.state.phase != "resting"
+        return will_begin and not self.has_ended and self.state.phase != "resting"
 
     @property
     def has_unreported_failure(self) -> bool:
@@ -217,7 +222,6 @@ class Instance:
                 _logger.exception("the task of a VM failed", extra={"vm": self.vm.name}, exc_info=group)
                 self.fail("internal error of the worker; its log says more")
             await self._end()
-            self.ended.set()
             while not self._unwanted:
                 await self._news.wait()
             for failures in itertools.count(1):
@@ -232,8 +236,7 @@ class Instance:
                         self.fail(STOPPED)
                     await self._end()
                     await self._delete()
-            self.ended.set()
-            self._host.ended(self)
+            self._host.task_ended(self)
 
     def _stays(self) -> bool:
         """Return whether the VM is left as it is when its task is cancelled."""
@@ -398,7 +401,7 @@ class Instance:
         self._news.set()
 
     async def _end(self) -> None:
-        """Stop the guest, take the step "over", and report a failure."""
+        """Stop the guest, take the step "over", free its resources, and report a failure."""
         for failures in itertools.count(1):
             if not self.state.has_guest:
                 break
@@ -413,6 +416,7 @@ class Instance:
                 await trio.sleep(growing_pause(failures, RETRY_SECONDS, LAST_RETRY_SECONDS))
         self._host.note_trouble("stop", self.name, "")
         self.state = self.state.after("over")
+        self._host.freed(self.name)
         if self.state.reason is not None:
             self._host.changed()
 

@@ -44,7 +44,7 @@ def vm_name_of(local_name: str) -> str:
 class Leftovers:
     """The local VMs that are being removed. `removed` is called after each removal.
 
-    `description` is what the worker registers with. `note_trouble` is that of `InstanceHost`.
+    `description` is what the worker registers with. `note_trouble` and `freed` are those of `InstanceHost`.
     """
 
     def __init__(
@@ -53,23 +53,25 @@ class Leftovers:
         client: Client,
         driver: Driver,
         note_trouble: Callable[[Trouble, str, str], None],
+        freed: Callable[[str], None],
         removed: Callable[[], None],
     ) -> None:
         self._description = description
         self._client = client
         self._driver = driver
         self._note_trouble = note_trouble
+        self._freed = freed
         self._removed = removed
-        # Local name -> set when no guest of that VM runs.
-        self._ended: dict[str, trio.Event] = {}
+        # Local name -> whether the guest of that VM may run.
+        self._runs: dict[str, bool] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._ended
+        return name in self._runs
 
     @property
-    def running(self) -> Mapping[str, trio.Event]:
-        """The VMs whose guests may run, each with an event that is set when its guest has ended."""
-        return {name: ended for name, ended in self._ended.items() if not ended.is_set()}
+    def running(self) -> list[str]:
+        """The VMs whose guests may run."""
+        return [name for name, runs in self._runs.items() if runs]
 
     async def belongs_elsewhere(self, local: LocalVM) -> bool:
         """Return whether the controller has exactly this VM under the name of another worker.
@@ -120,30 +122,29 @@ class Leftovers:
 
     def remove(self, local: LocalVM, nursery: trio.Nursery) -> None:
         """Stop and delete a VM in a task of the nursery."""
-        self._ended[local.name] = ended = trio.Event()
-        if local.state != "running":
-            ended.set()
-        nursery.start_soon(self._keep_removing, local.name, ended)
+        self._runs[local.name] = local.state == "running"
+        nursery.start_soon(self._keep_removing, local.name)
 
-    async def _keep_removing(self, name: str, ended: trio.Event) -> None:
-        if not ended.is_set():
+    async def _keep_removing(self, name: str) -> None:
+        if self._runs[name]:
             note = self._noted(name)
             if note is not None and note.shutdown is not None:
                 await shut_down(self._driver, name, note.shutdown)
         for failures in itertools.count(1):
-            if await self._try_remove(name, ended):
+            if await self._try_remove(name):
                 break
             await trio.sleep(growing_pause(failures, _REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS))
-        ended.set()
-        del self._ended[name]
+        del self._runs[name]
+        self._freed(name)
         self._removed()
 
-    async def _try_remove(self, name: str, ended: trio.Event) -> bool:
+    async def _try_remove(self, name: str) -> bool:
         step: Trouble = "stop"
         try:
             with suppress(NotRunning):
                 await self._driver.stop(name)
-            ended.set()
+            self._runs[name] = False
+            self._freed(name)
             self._note_trouble("stop", name, "")
             step = "delete"
             await self._driver.delete(name)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -104,7 +104,8 @@ class Reconciler:
             worker=worker.name,
             driver=driver,
             changed=self.reports.due.set,
-            ended=self._forget,
+            freed=self._free,
+            task_ended=self._forget,
             send_events=self.reports.send_events,
             note_trouble=heartbeats.health.note,
             fetch_policies=self._fetch_policies,
@@ -113,9 +114,7 @@ class Reconciler:
             transfer=heartbeats.images.transfer,
         )
         self._slots = Slots(worker.resources)
-        # Local names of VMs that new ones may wait for.
-        self._watched: set[str] = set()
-        self._leftovers = Leftovers(worker, client, driver, heartbeats.health.note, self.sync_due.set)
+        self._leftovers = Leftovers(worker, client, driver, heartbeats.health.note, self._free, self.sync_due.set)
 
     def leave_vms(self) -> None:
         """Let running VMs run on when this worker ends."""
@@ -244,16 +243,11 @@ class Reconciler:
         for name, action in actions.items():
             if name in self.instances:
                 self._instruct(self.instances[name], wanted.get(name), action)
-        given_up = self._given_up(wanted)
         self._lease.set_wanted(_leasable(wanted) | await self._deleted_and_shut_down())
-        for name, ended in given_up.items():
-            if name not in self._watched:
-                self._watched.add(name)
-                nursery.start_soon(self._wait_end, name, ended)
         for name, action in actions.items():
             # A VM that is half-made from before is removed first.
             if action == "lost" or (action == "create" and name not in self._leftovers):
-                waiting_for, needed = self._describe_wait(given_up), wanted[name].spec.resources
+                waiting_for, needed = self._describe_wait(wanted), wanted[name].spec.resources
                 instance = self._new_instance(wanted[name])
                 if why := VM_LOST if action == "lost" else self._slots.why_never(needed):
                     instance.fail(why)
@@ -283,16 +277,13 @@ class Reconciler:
                     found.add(name)
         return found
 
-    async def _wait_end(self, name: str, ended: trio.Event) -> None:
-        await ended.wait()
-        self._watched.discard(name)
+    def _free(self, name: str) -> None:
+        """Let new VMs begin in the place of one that has ended or, if it was new itself, will not begin."""
+        self._slots.remove(name)
         self._grant()
 
     def _grant(self) -> None:
         """Let new VMs begin whose resources are free on this host."""
-        for name, instance in self.instances.items():
-            if instance.ending:
-                self._slots.remove(name)
         held = [
             instance.vm.spec.resources
             for name, instance in self.instances.items()
@@ -312,23 +303,21 @@ class Reconciler:
             raise ClientError("the controller's state is older than one that it has shown")
         return {vm.tart_name: vm for vm in vms}
 
-    def _given_up(self, wanted: Mapping[str, VM]) -> dict[str, trio.Event]:
-        """Return the VMs that still run here and that the controller has given up, each with the event of its end.
+    def _describe_wait(self, wanted: Mapping[str, VM]) -> str:
+        """Return what a new VM waits for, if it has to wait: VMs that still run here and that the controller has given up.
 
-        The scheduler has already reassigned these VMs' slots. A VM that failed on its own keeps its slot until the
-        failure is reported, so it is not among them.
+        The scheduler has already reassigned their slots. A VM that failed on its own keeps its slot until the failure
+        is reported, so it is not among them.
         """
-        ending = {
-            name: instance.ended
+        ending = [
+            name
             for name, instance in self.instances.items()
             if instance.ending and _sync_state(wanted.get(name)) in ("absent", "failed")
-        }
-        return {**ending, **self._leftovers.running}
-
-    def _describe_wait(self, given_up: Collection[str]) -> str:
-        """Return what a new VM waits for, if it has to wait."""
+        ]
         # A worker that was restarted may offer less than the scheduler counted on, so that others hold what is needed.
-        holding = given_up or [name for name, instance in self.instances.items() if instance.holds_resources]
+        holding = [*ending, *self._leftovers.running] or [
+            name for name, instance in self.instances.items() if instance.holds_resources
+        ]
         names = sorted(map(vm_name_of, holding))[:_MAX_NAMED]
         return f"waiting for {', '.join(map(shown, names))} to end"
 

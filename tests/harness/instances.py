@@ -44,7 +44,8 @@ def changed(vm: VM, **patch: object) -> VM:
 class Host:
     """A host with a driver, and the reports and the script output of the instances on it.
 
-    While `hold_delivery` is an unset event, output is not accepted. `runs` is set when an instance reports that it runs.
+    While `hold_delivery` is an unset event, output is not accepted. `runs` is set when an instance reports that it runs, and
+    `freed` when one has ended.
     """
 
     def __init__(self, home: Path, driver: Driver | None = None, **options: Any) -> None:
@@ -56,7 +57,7 @@ class Host:
         self.troubles: dict[tuple[str, str], str] = {}
         self.policies: Sequence[HostDirPolicy] | None = None
         self.hold_delivery: trio.Event | None = None
-        self.runs = trio.Event()
+        self.runs, self.freed = trio.Event(), trio.Event()
 
     def instance(self, vm: VM, *, found: LocalState | None = None, outlives: bool = True) -> Instance:
         def changed() -> None:
@@ -69,7 +70,8 @@ class Host:
             worker="w",
             driver=self.driver,
             changed=changed,
-            ended=lambda _: None,
+            freed=lambda _: self.freed.set(),
+            task_ended=lambda _: None,
             send_events=self.send,
             note_trouble=self.note_trouble,
             fetch_policies=fetch_policies,

@@ -132,7 +132,7 @@ async def test_missing_image_fails_the_vm_with_the_drivers_message(host: Host) -
     async with tended(host, assigned_vm(image="orchard-none")) as instance:
         await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == 'the specified VM "orchard-none" does not exist'
-        assert instance.ended.is_set()
+        assert instance.has_ended
     assert host.files() == []
 
 
@@ -142,7 +142,7 @@ async def test_failed_script_fails_the_vm_after_its_output_is_delivered(host: Ho
         await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == "startup script failed with exit code 7: last words"
         assert host.lines == [*map(str, range(1, 1001)), "last words"]
-        await instance.ended.wait()
+        await until(instance, lambda i: i.has_ended)
         assert (await host.driver.list_vms())[0].state == "stopped"
         instance.follow(changed(instance.vm, headless=True))
         assert host.history()[-1] == ("failed", instance.state.message, False, 0)
@@ -218,7 +218,7 @@ async def test_stopped_or_suspended_vm_stays_on_the_disk(
         await until(instance, lambda i: i.state.observed == 1)
         assert (instance.state.status, instance.state.running) == ("running", False)
         assert host.vm_json(instance)["state"] == state
-        assert not instance.ended.is_set()
+        assert not instance.has_ended
     assert host.files() == []
 
 
@@ -409,7 +409,7 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
         guests = vars(host.driver)["_guests"]
         monkeypatch.setattr(host, "record_report", lambda i: states.append(f"{i.state.status} {i.name in guests}"))
         instance.fail("told to")
-        await instance.ended.wait()
+        await until(instance, lambda i: i.has_ended)
         assert refused.is_set()
         assert states == ["failed False"]
 
@@ -440,7 +440,7 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
     delete = host.driver.delete
 
     async def stubborn(name: str) -> None:
-        assert instance.ended.is_set()
+        assert instance.has_ended
         if refusals:
             raise refusals.pop()
         await delete(name)
@@ -493,10 +493,9 @@ async def run_one_vm(home: Path, step: int, order: str, shutdown: str = "") -> b
         if order == "cancel the removal":
             trio.lowlevel.add_instrument(instrument)
         if order == "fail" and instrument.left <= 0:
-            await instance.ended.wait()
+            await until(instance, lambda i: i.has_ended)
         instance.remove()
     trio.lowlevel.remove_instrument(instrument)
-    assert instance.ended.is_set()
     runs_on = order in ("leave", "cancel the removal") and await adopted_or_deleted(host, vm)
     # Also by the worker that comes after this one.
     assert not shutdown or Path(f"{home}.shut").exists() or not (ran_before or runs_on)
@@ -562,7 +561,7 @@ async def run_one_vm_on_tart(home: Path, step: int) -> bool:
         nursery.start_soon(instance.tend)
         with trio.move_on_after(60):
             async with trio.open_nursery() as waiting:
-                for event in (host.runs, instance.ended):
+                for event in (host.runs, host.freed):
                     waiting.start_soon(cancel_at, event, waiting.cancel_scope)
         instance.remove()
     trio.lowlevel.remove_instrument(instrument)

@@ -215,10 +215,6 @@ def shut(tmp_path: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-async def ended(instance: Instance) -> None:
-    await instance.ended.wait()
-
-
 ENDS: dict[str, tuple[dict[str, Any], Callable[[Host, Instance], Any], int]] = {
     "deletion": ({}, lambda host, i: i.remove(), 1),
     "restart or drain": ({}, lambda host, i: i.fail("restart requested", orderly=True), 1),
@@ -251,7 +247,7 @@ async def test_shutdown_script_runs_before_a_guest_is_ended_for_good(how: str, h
         result = end(host, instance)
         if result is not None:
             await result
-        await until(instance, lambda i: i.ended.is_set() or i.state.observed == 1)
+        await until(instance, lambda i: i.has_ended or i.state.observed == 1)
         assert len(shut(tmp_path)) == times
         # What happens at the end of the block is not for this test.
         instance.fail("told to")
@@ -259,8 +255,8 @@ async def test_shutdown_script_runs_before_a_guest_is_ended_for_good(how: str, h
 
 
 async def test_failed_startup_script_is_followed_by_no_shutdown_script(host: Host, tmp_path: Path) -> None:
-    async with tended(host, with_shutdown(tmp_path, startup_script=script("exit 1"))) as instance:
-        await ended(instance)
+    async with tended(host, with_shutdown(tmp_path, startup_script=script("exit 1"))):
+        await host.freed.wait()
     assert shut(tmp_path) == []
 
 
@@ -297,7 +293,7 @@ async def test_vm_ends_whatever_becomes_of_its_shutdown_script(
         await until(instance, lambda i: i.state.running)
         nursery.start_soon(interfere)
         instance.remove()
-        await ended(instance)
+        await host.freed.wait()
     nursery.cancel_scope.cancel()
     (record,) = [one for one in caplog.records if one.name == "orchard.vm.shutdown"]
     # The end of a VM also ends the script, and either may be noticed first.
@@ -326,7 +322,7 @@ async def test_vm_that_has_to_end_at_once_does_not_wait_for_its_shutdown_script(
         await until(instance, lambda _: bool(shut(tmp_path)))
         assert instance.state.status == "running"
         instance.fail("worker is offline")
-        await ended(instance)
+        await host.freed.wait()
         assert instance.state.message == "worker drained"
 
 
@@ -335,7 +331,7 @@ async def test_deletion_while_the_startup_script_runs_ends_that_script_first(hos
     async with tended(host, vm) as instance:
         await until(instance, lambda _: host.lines == ["begun"])
         instance.remove()
-        await ended(instance)
+        await host.freed.wait()
     assert (shut(tmp_path), host.lines) == (["vm"], ["begun"])
     await eventually(lambda: processes_in(host.home) == [])
 
@@ -357,7 +353,7 @@ async def test_shutdown_that_the_worker_cuts_off_is_done_by_the_next(host: Host,
         go.touch()
         async with adopted(host, vm) as instance:
             order(instance)
-            await until(instance, lambda i: i.ended.is_set() or i.state.observed == 1)
+            await until(instance, lambda i: i.has_ended or i.state.observed == 1)
             assert shut(tmp_path) == ["vm", "vm"]
             instance.fail("told to")
     assert host.files() == []
