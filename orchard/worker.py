@@ -37,7 +37,15 @@ import trio
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
-from orchard.base.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_pairs, parse_resources
+from orchard.base.command_line import (
+    CommandLine,
+    HomeError,
+    orchard_home,
+    parse_count,
+    parse_number,
+    parse_pairs,
+    parse_resources,
+)
 from orchard.base.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.base.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
 from orchard.base.nursery import first_exception, unwrap_groups
@@ -324,9 +332,9 @@ def worker_parser() -> CommandLine:
     add("--resources", metavar="K=V,..", type=parse_resources, default={},
         help="resources to offer, in place of those of the host")  # fmt: skip
     add("--labels", metavar="K=V,..", type=parse_pairs, default={}, help="labels that VMs can ask for")
-    add("--default-cpu", metavar="N", type=parse_count, default=DEFAULT_CPU,
+    add("--default-cpu", metavar="N", type=parse_number, default=DEFAULT_CPU,
         help="CPUs of a VM that does not set them; default: %(default)s")  # fmt: skip
-    add("--default-memory", metavar="MIB", type=parse_count, default=DEFAULT_MEMORY,
+    add("--default-memory", metavar="MIB", type=parse_number, default=DEFAULT_MEMORY,
         help="memory in MiB of a VM that does not set it; default: %(default)s")  # fmt: skip
     add("--no-pki", action="store_true",
         help="do not trust this host's CAs: the bootstrap token must contain the certificate")  # fmt: skip
@@ -334,7 +342,7 @@ def worker_parser() -> CommandLine:
         help="stop the VMs when this worker exits; default: they run on, and the next worker adopts them")  # fmt: skip
     add("--workers", metavar="N", type=parse_count, default=1,
         help="run N synthetic workers, NAME-1 to NAME-N; default: %(default)s")  # fmt: skip
-    add("--synthetic-images", metavar="N", type=parse_count, default=0,
+    add("--synthetic-images", metavar="N", type=parse_number, default=0,
         help="begin with N images in the cache of each synthetic worker; default: %(default)s")  # fmt: skip
     add_log_options(parser)
     add("--version", action="version", version=f"orchard {__version__}")

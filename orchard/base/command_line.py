@@ -220,11 +220,14 @@ def _duration(text: str) -> int:
     return 0 if match is None else sum(int(part or 0) * size for part, size in zip(match.groups(), _UNITS, strict=True))
 
 
-def parse_count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not re.fullmatch(_WHOLE_NUMBER, text) or not 0 < int(text) <= _MAX_AMOUNT:
-        raise argparse.ArgumentTypeError(f'number is "{text}", expected a whole number of at least 1')
+def parse_number(text: str, *, least: int = 0) -> int:
+    """Parse a whole number."""
+    if not re.fullmatch(_WHOLE_NUMBER, text) or not least <= int(text) <= _MAX_AMOUNT:
+        raise argparse.ArgumentTypeError(f'number is "{text}", expected a whole number of at least {least}')
     return int(text)
+
+
+parse_count = partial(parse_number, least=1)
 
 
 def parse_boolean(text: str) -> bool:

@@ -105,7 +105,7 @@ def _declare_drain(parser: CommandLine) -> None:
     parser.add_argument("kind", choices=("worker",), metavar="worker")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument(
-        "--deadline", metavar="D", type=parse_duration, help="after this time its VMs are ended; default: never"
+        "--deadline", metavar="D", type=parse_span, default=0, help="after this time its VMs are ended; default: never"
     )
     parser.add_argument("--now", action="store_true", help="end its VMs at once")
     parser.add_argument("--cancel", action="store_true", help="let it have new VMs again")
@@ -122,7 +122,7 @@ def _drain(options: argparse.Namespace) -> int:
         if options.cancel:
             controller.call("DELETE", path)
             return 0
-        controller.call("POST", path, body={"now": True} if options.now else {"deadlineSeconds": options.deadline or 0})
+        controller.call("POST", path, body={"now": True} if options.now else {"deadlineSeconds": options.deadline})
         while options.wait and controller.fetch("GET", path_of("workers", options.name)).get("state") != "drained":
             if deadline is not None and time.monotonic() >= deadline:
                 raise CommandError(f'worker "{options.name}" still has VMs after {options.timeout} seconds', OVERDUE)

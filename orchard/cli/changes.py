@@ -12,8 +12,7 @@ from typing import Any
 from orchard.base.command_line import (
     CommandLine,
     parse_boolean,
-    parse_count,
-    parse_duration,
+    parse_number,
     parse_pairs,
     parse_span,
     parse_words,
@@ -51,17 +50,17 @@ def _declare_update(parser: CommandLine) -> None:
     add = parser.add_argument_group(
         "what applies at once; none removes it", argument_default=argparse.SUPPRESS
     ).add_argument
-    add("--ttl", dest="ttlSeconds", metavar="D", type=_or_none(parse_duration), help="delete it this long from now")
-    add("--pending-timeout", dest="pendingTimeoutSeconds", metavar="D", type=_or_none(parse_duration))
-    add("--shutdown-timeout", dest="shutdownTimeoutSeconds", metavar="D", type=_or_none(parse_duration))
-    add("--priority", metavar="N", type=_or_none(parse_count))
+    add("--ttl", dest="ttlSeconds", metavar="D", type=_or_none(parse_span), help="delete it this long from now")
+    add("--pending-timeout", dest="pendingTimeoutSeconds", metavar="D", type=_or_none(parse_span))
+    add("--shutdown-timeout", dest="shutdownTimeoutSeconds", metavar="D", type=_or_none(parse_span))
+    add("--priority", metavar="N", type=_or_none(parse_number))
     add("--metadata", metavar="K=V,..", type=_parse_changes, help="K= removes K")
     add("--preferred-labels", dest="preferredLabels", metavar="K=V,..", type=_parse_changes, help="K= removes K")
     boot = parser.add_argument_group("what applies at the next boot, which is made", argument_default=argparse.SUPPRESS)
     add = boot.add_argument
-    add("--cpu", metavar="N", type=parse_count)
-    add("--memory", metavar="MIB", type=parse_count)
-    add("--disk-size", dest="diskSize", metavar="GB", type=parse_count, help="it can only grow")
+    add("--cpu", metavar="N", type=parse_number)
+    add("--memory", metavar="MIB", type=parse_number)
+    add("--disk-size", dest="diskSize", metavar="GB", type=parse_number, help="it can only grow")
     for name, field in (("headless", ""), ("nested", ""), ("suspendable", ""), ("net-softnet", "netSoftnet")):
         add(f"--{name}", dest=field or name, metavar="BOOL", type=parse_boolean)
     add("--net-softnet-allow", dest="netSoftnetAllow", metavar="CIDR,..", type=parse_words)
@@ -164,7 +163,11 @@ def _declare_set(parser: CommandLine) -> None:
     add("--default-ttl", dest="defaultTTLSeconds", metavar="D", type=parse_span, help="of VMs that name none; 0: none")
     add("--max-ttl", dest="maxTTLSeconds", metavar="D", type=parse_span, help="0: no maximum")
     add(
-        "--min-free-disk", dest="minFreeDiskGB", metavar="GB", type=int, help="that a worker needs for new VMs; 0: none"
+        "--min-free-disk",
+        dest="minFreeDiskGB",
+        metavar="GB",
+        type=parse_number,
+        help="that a worker needs for new VMs; 0: none",
     )
     add("--worker-prune", dest="workerPruneSeconds", metavar="D", type=parse_span,
         help="delete workers without VMs that were offline for this long; 0: never")  # fmt: skip

@@ -11,10 +11,11 @@ from typing import Any
 from orchard.base.command_line import (
     CommandLine,
     parse_boolean,
-    parse_count,
     parse_duration,
+    parse_number,
     parse_pairs,
     parse_resources,
+    parse_span,
     parse_words,
 )
 from orchard.cli.connection import path_of
@@ -54,11 +55,11 @@ def _add_vm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME")
     _add_specification(parser)
     lifetime = parser.add_argument_group("its life")
-    lifetime.add_argument("--ttl", metavar="D", type=parse_duration, help="delete it after this time, for example 2h")
-    lifetime.add_argument("--pending-timeout", metavar="D", type=parse_duration, help="fail it if no worker takes it")
+    lifetime.add_argument("--ttl", metavar="D", type=parse_span, help="delete it after this time, for example 2h")
+    lifetime.add_argument("--pending-timeout", metavar="D", type=parse_span, help="fail it if no worker takes it")
     lifetime.add_argument("--queue", choices=("wait", "never"), default="wait",
         help="never: do not create it unless a worker can take it now; default: %(default)s")  # fmt: skip
-    lifetime.add_argument("--priority", metavar="N", type=parse_count, help="place in the queue: the highest first")
+    lifetime.add_argument("--priority", metavar="N", type=parse_number, help="place in the queue: the highest first")
     lifetime.add_argument("--restart-policy", choices=("Never", "OnFailure"))
     lifetime.add_argument("--metadata", metavar="K=V,..", type=parse_pairs, default={}, help="your own facts about it")
     scripts = parser.add_argument_group("its scripts")
@@ -68,13 +69,13 @@ def _add_vm_options(parser: argparse.ArgumentParser) -> None:
     scripts.add_argument(
         "--env", metavar="K=V", action="append", default=[], help="variable of the startup script; repeatable"
     )
-    scripts.add_argument("--startup-timeout", metavar="D", type=parse_duration)
+    scripts.add_argument("--startup-timeout", metavar="D", type=parse_span)
     scripts.add_argument("--startup-on-failure", choices=("fail", "keep"))
     scripts.add_argument(
         "--transport", choices=("ssh", "tart-guest-agent"), help="how the startup script gets into the VM"
     )
     scripts.add_argument("--shutdown-script", metavar="TEXT|@FILE", type=parse_script, help="runs before the VM ends")
-    scripts.add_argument("--shutdown-timeout", metavar="D", type=parse_duration)
+    scripts.add_argument("--shutdown-timeout", metavar="D", type=parse_span)
     waiting = parser.add_argument_group("waiting")
     waiting.add_argument("--wait", action="store_true",
         help="wait until it is ready; the exit status is that of its startup script")  # fmt: skip
@@ -87,9 +88,11 @@ def _add_specification(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("its specification").add_argument
     add("--image", default=_IMAGE, help="default: %(default)s")
     add("--image-pull-policy", choices=("IfNotPresent", "Always"))
-    add("--cpu", metavar="N", type=parse_count, default=4, help="default: %(default)s")
-    add("--memory", metavar="MIB", type=parse_count, default=8192, help="default: %(default)s")
-    add("--disk-size", metavar="GB", type=parse_count)
+    add("--cpu", metavar="N", type=parse_number, default=4, help="0: the worker's default; default: %(default)s")
+    add(
+        "--memory", metavar="MIB", type=parse_number, default=8192, help="0: the worker's default; default: %(default)s"
+    )
+    add("--disk-size", metavar="GB", type=parse_number)
     add("--os", choices=("darwin", "linux"))
     add("--arch", choices=("arm64", "amd64"))
     add("--runtime", choices=("tart", "vetu"))

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 from harness.processes import GENEROUS, ORCHARD, call_main, command, controller, environment, finished
 from harness.terminals import terminal
 
 from orchard.auth import BootstrapToken
 from orchard.base.files import TLS_CERTIFICATE_FILE
+from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
-from orchard.net.tls import fingerprint
+from orchard.net.tls import fingerprint, self_signed
 
 TOKEN = "an-admin-token-of-the-tests"
 ACCOUNT = ("--service-account-name", "bootstrap-admin", "--service-account-token", TOKEN)
@@ -208,3 +210,15 @@ def test_login_that_is_interrupted_leaves_the_terminal_as_it_was(site: Site, tmp
         shown.type("\x03")
         assert shown.finish() in (130, -signal.SIGINT)
         assert shown.echoes
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_port_is_not_opened_if_the_certificate_is_wrong(site: Site, tmp_path: Path, *, is_known: bool) -> None:
+    other, _ = trio.run(self_signed, tmp_path, [])
+    wrong = site.context._replace(certificate=other.read_bytes() if is_known else None)
+    write_contexts(tmp_path / ORCHARD / "orchard.yml", Contexts("c", {"c": wrong}))
+    with ControllerConnection(site.context) as api:
+        api.call("POST", "/vms", body={"name": "vm", "image": "i"})
+        done = finished("", "port-forward", "vm", "vm", ":22", home=tmp_path)
+        api.call("DELETE", "/vms/vm")
+    assert (done.returncode, done.stdout, "certificate" in done.stderr) == (1, "", True)

@@ -15,6 +15,8 @@ from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.create import specification
 from orchard.cli.main import main, make_parser, parse_options
+from orchard.codec import attrs_of
+from orchard.schema import ClusterSettings, VMSpec
 
 CONTROLLER = "controller"
 # (verb, flags, what they are read as)
@@ -58,6 +60,7 @@ KNOWN: list[tuple[str, str, Mapping[str, object]]] = [
     (CONTROLLER, "--worker-offline-timeout 3m0s --experimental-ping-interval 30s", {"worker_offline_timeout": 180, "ping_interval": 30}),
     ("worker", "http://h --bootstrap-token t --name n --labels a=b --resources c=1", {"name": "n", "labels": {"a": "b"}, "resources": {"c": 1}}),
     ("worker", "h --bootstrap-token-stdin --default-cpu 2 --default-memory 1024 --no-pki --debug", {"default_cpu": 2, "default_memory": 1024}),
+    ("worker", "h --default-cpu 0 --default-memory 0 --synthetic-images 0", {"default_cpu": 0, "default_memory": 0}),
     ("worker", "h --log-file f", {}),
     ("dev", "-d d --resources a=1 --api-prefix /p --synthetic --workers 2", {"directory": Path("d"), "resources": {"a": 1}, "workers": 2}),
     ("worker", "h --user ci --default-cpu 4", {"user": "ci", "default_cpu": 4}),
@@ -134,6 +137,30 @@ def test_known_spellings_of_durations_are_read(words: str, text: str, seconds: i
 )  # fmt: skip
 def test_known_flags_of_create_vm_become_fields(flags: str, field: str, value: object) -> None:
     assert specification(make_parser("create").parse_args(["vm", "n", *flags.split()]))[field] == value
+
+
+def flag_of(field: str) -> str:
+    """Return the option for a field: `--default-ttl` for defaultTTLSeconds."""
+    name = field.removesuffix("Seconds").removesuffix("GB")
+    return "--" + re.sub("[A-Z]+", lambda found: f"-{found[0].lower()}", name)
+
+
+def test_each_number_may_be_0_as_in_the_api(dev: Path, api: ControllerConnection) -> None:
+    numbers, settings = (
+        {field.json for field in attrs_of(cls) if field.type is int} for cls in (VMSpec, ClusterSettings)
+    )
+    worker = api.fetch_list("/workers")[0]["name"]
+    for words, fields in (
+        ("create vm vm", numbers),
+        ("update vm vm", numbers - {"startupTimeoutSeconds"}),
+        ("set cluster-settings", settings),
+        (f"drain worker {worker}", {"deadline"}),
+        (f"drain worker {worker} --cancel", set()),
+    ):
+        flags = [word for field in fields for word in (flag_of(field), "0")]
+        assert call_main(main, *words.split(), *flags, home=dev) == (0, "", "")
+    vm = api.fetch("GET", "/vms/vm")
+    assert {field: vm.get(field, 0) for field in numbers} == dict.fromkeys(numbers, 0)
 
 
 def test_defaults_of_create_vm_are_known() -> None:
