@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,11 @@ def test_the_wheel_contains_every_file_of_the_package(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, copy.parent)
     with zipfile.ZipFile(build("wheel", copy.parent, tmp_path)) as wheel:
         packed = {name.removeprefix("orchard/") for name in wheel.namelist() if name.startswith("orchard/")}
+        [metadata] = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/METADATA")]
     assert packed == files(copy)
+    # pip only warns of an extra that is unknown.
+    extras = re.findall(r'^Requires-Dist: ([\w-]+).*extra == "(ssh|fast)"$', metadata, re.MULTILINE)
+    assert extras == [("asyncssh", "ssh"), ("trio-asyncio", "ssh"), ("websockets", "fast")]
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from harness.programs import ROOT_REASON, need
 
 ROOT = Path(__file__).parent.parent.parent
 MACHINE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The Python of the environment of these tests.
+BASE_PYTHON = Path(sys.base_prefix, "bin", Path(sys.executable).name)
 _DOMAIN = "example.com"
 # Its arguments: the name, the directory that the machine shares with this host, and the mounts that it sees.
 _BOOT = """
@@ -161,8 +163,7 @@ async def machines(
         for machine in found.values():
             machine.path("/etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *known]) + "\n")
             _let_all_users_read(machine, Path(sys.base_prefix))
-            python = Path(sys.base_prefix, "bin", Path(sys.executable).name)
-            machine.write_program("python3", f'#!/bin/sh\nexec "{python}" "$@"\n')
+            machine.write_program("python3", f'#!/bin/sh\nexec "{BASE_PYTHON}" "$@"\n')
             await eventually(partial(_has_booted, machine))
         yield found
 

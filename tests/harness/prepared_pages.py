@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import ssl
 import sys
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pip
+
 from harness.certificates import Authority
-from harness.machines import ROOT, Machine
+from harness.machines import BASE_PYTHON, ROOT, Machine
 from harness.programs import find_program
-from harness.wheels import pack_all
+from harness.wheels import pack_needed, pack_project
 from orchard.schema import TART_VMS, Worker
 
 # Options of the cluster of a page, where it is not like that of `orchard dev`.
@@ -42,11 +45,27 @@ def run_controller(machine: Machine, directory: Path) -> None:
     machine.run("sh", "-c", CONTROLLER, str(directory))
 
 
+# The pip of a new environment: that of these tests. To install one takes more CPU than all that a page does with it.
+PYTHON = f"""#!/bin/sh
+[ "$1 $2" = "-m venv" ] || exec "{BASE_PYTHON}" "$@"
+"{BASE_PYTHON}" -m venv --without-pip "$3"
+ln -s "{Path(pip.__file__).parent}" "$3"/lib/python*/site-packages/
+printf '#!/bin/sh\\nexec "%s" -m pip "$@"\\n' "$3/bin/python" > "$3/bin/pip"
+chmod +x "$3/bin/pip"
+"""
+
+
+def set_pip_up(machine: Machine, *settings: str) -> None:
+    """Set the pip of a machine up, which compiles nothing: Python compiles what runs, and not all that is installed."""
+    machine.write_program("python3", PYTHON)
+    machine.path("/etc/pip.conf").write_text("\n".join(["[global]", "no-compile = true", *settings, ""]))
+
+
 def lend_wheels(machine: Machine, directory: Path) -> None:
     """Let pip take packages from a directory, which stands for the internet."""
-    wheels = directory / "wheels"
-    pack_all(wheels)
-    machine.path("/etc/pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {wheels}\nno-compile = true\n")
+    pack_needed(directory / "wheels")
+    # For pip, "0" switches the isolation off: setuptools is there.
+    set_pip_up(machine, "no-index = true", f"find-links = {directory / 'wheels'}", "no-build-isolation = 0")
 
 
 def prepare_clone(found: dict[str, Machine], directory: Path) -> None:
@@ -62,9 +81,9 @@ def prepare_clone(found: dict[str, Machine], directory: Path) -> None:
 def prepare_offline(found: dict[str, Machine], directory: Path) -> None:
     """Make a clone for the first machine, and for the other one what is copied to a host without internet."""
     prepare_clone(found, directory)
-    control, _ = found.values()
+    control, laptop = found.values()
     control.write_program("tart", TART.replace("/opt/clone", str(ROOT)))
-    shutil.copytree(directory / "wheels", directory / "wheelhouse")
+    set_pip_up(laptop)
     shutil.copytree(ROOT / "orchard", directory / "clone" / "orchard", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("run", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, directory / "clone" / name)
@@ -76,6 +95,7 @@ def prepare_linux(found: dict[str, Machine], directory: Path) -> None:
     """Stand for the internet by a directory of wheels, for a CA by one of this test, and for vetu by our stand-in."""
     (machine,) = found.values()
     lend_wheels(machine, directory)
+    pack_project(directory / "wheels")
     certificates = machine.path("/etc/letsencrypt/live/controller.example.com")
     certificates.mkdir(parents=True)
     authority = Authority(directory)
@@ -219,10 +239,14 @@ END
 }
 LOGIN = "orchard login controller.example.com --bootstrap-token-stdin < bootstrap-admin.token"
 CLONE = f"cd {ROOT}"
+# For these machines alone, into the directory in which the shells begin.
+COLLECT = './run wheelhouse "$OLDPWD/wheelhouse" --platform linux-{} --python {}.{}'.format(
+    os.uname().machine.replace("aarch64", "arm64"), *sys.version_info[:2]
+)
 MACHINES = {
     "README.md": Prepared(["laptop"], prepare_clone, CLONE),
     "quickstart.md": Prepared(["laptop"], prepare_clone, f'{CLONE}; export PATH="$PWD/.venv/bin:$PATH"'),
-    "offline.md": Prepared(["controller", "laptop"], prepare_offline, CLONE),
+    "offline.md": Prepared(["controller", "laptop"], prepare_offline, f"{CLONE}; {COLLECT}"),
     "deploy.md": Prepared(["controller", "mac-1", "mac-2"], prepare_deployment),
     "deploy-linux.md": Prepared(["controller"], prepare_linux),
     "deploy-macos.md": Prepared(["mac-1", "controller"], prepare_mac, LOGIN),

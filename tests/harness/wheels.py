@@ -22,16 +22,15 @@ def pack_needed(directory: Path) -> None:
         pack(name, directory)
 
 
-def pack_all(directory: Path) -> None:
-    """Make a directory with wheels of the project, of all that it needs with its extras, and to be built."""
-    pack_needed(directory)
-    words = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(directory))
+def pack_project(directory: Path) -> None:
+    """Make a wheel of the project in a directory."""
     with tempfile.TemporaryDirectory() as copy:
         # A build leaves files in its directory.
         shutil.copytree(ROOT / "orchard", Path(copy, "orchard"), ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, copy)
-        subprocess.run([sys.executable, "-m", "pip", *words, copy], check=True)
+        program = f"from setuptools import build_meta; build_meta.build_wheel({str(directory)!r})"
+        subprocess.run([sys.executable, "-c", program], cwd=copy, stdout=subprocess.DEVNULL, check=True)
 
 
 def needed(*names: str) -> set[str]:
