@@ -329,6 +329,11 @@ class VMSpec:
         change="at once",
     )
 
+    @property
+    def leased(self) -> bool:
+        """Whether the VM ends when its worker loses the controller, which starts such a VM elsewhere."""
+        return self.restart_policy == "OnFailure"
+
 
 @dataclass(frozen=True, slots=True)
 class VMState:

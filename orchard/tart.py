@@ -28,7 +28,7 @@ from typing import TypeVar
 import trio
 
 from orchard.resources.cluster import CachedImage, WorkerDisk, bounded_images
-from orchard.schema import Runtime
+from orchard.schema import Runtime, VMSpec
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -39,7 +39,6 @@ from orchard.vm.driver import (
     NotRunning,
     OnLine,
     Progress,
-    RunOptions,
     Script,
     operand,
 )
@@ -262,14 +261,14 @@ class TartDriver:
             await trio.lowlevel.checkpoint()
 
     async def run(
-        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, spec: VMSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        self._refuse_on_vetu(missing_in_vetu(options))
+        self._refuse_on_vetu(missing_in_vetu(spec))
         abilities = await self._abilities()
-        words = run_arguments(name, options, abilities.flags)
+        words = run_arguments(name, spec, abilities.flags)
         self._runs[name] = False
         try:
-            await self._start(name, words, options)
+            await self._start(name, words, leased=spec.leased)
             task_status.started()
             try:
                 await self._wait_ended(name)
@@ -282,14 +281,14 @@ class TartDriver:
                     await self.stop(name)
                 # The VM may be a clone that still has the address of its source, to resume with it.
                 await self.configure(name, Hardware(), random_mac=True)
-                await self._start(name, words, options)
+                await self._start(name, words, leased=spec.leased)
                 await self._wait_ended(name)
         finally:
             self._runs.pop(name, None)
 
-    async def _start(self, name: str, words: list[str], options: RunOptions) -> None:
+    async def _start(self, name: str, words: list[str], *, leased: bool) -> None:
         """Start the supervisor of a VM, and return when the VM's process exists. Raises DriverError."""
-        start = [*self._supervised.begin(name, leased=options.leased), self._path, *words]
+        start = [*self._supervised.begin(name, leased=leased), self._path, *words]
         async with self._alone(await self._abilities()):
             completed = await self._calls.run(start, label="run")
         if completed.status:

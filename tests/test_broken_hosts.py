@@ -17,8 +17,8 @@ from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS, eventually
 
 from orchard.client import Client, ConnectError, ResponseError
-from orchard.schema import TART_VMS
-from orchard.vm.driver import DriverError, LocalVM, RunOptions
+from orchard.schema import TART_VMS, VMSpec
+from orchard.vm.driver import DriverError, LocalVM
 from orchard.work import leftovers, reconciler
 from orchard.work.heartbeat import FailureLog, HealthLog
 from orchard.work.leftovers import RefusedError
@@ -79,7 +79,7 @@ async def test_ended_leftover_that_cannot_be_deleted_holds_up_no_vm(
     monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
-    await nursery.start(driver.run, old, RunOptions())
+    await nursery.start(driver.run, old, VMSpec())
     delete, refuses = driver.delete, True
 
     async def failing(name: str) -> None:

@@ -27,10 +27,10 @@ from orchard.codec import dump_json
 from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
-from orchard.schema import TART_VMS, VM, Status, Worker
+from orchard.schema import TART_VMS, VM, Status, VMSpec, Worker
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
-from orchard.vm.driver import DriverError, Hardware, RunOptions
+from orchard.vm.driver import DriverError, Hardware
 from orchard.vm.instance import SHUT_DOWN, STOPPED
 from orchard.vm.instance_state import Note
 from orchard.vm.synthetic import SyntheticDriver
@@ -326,7 +326,7 @@ async def test_running_leftover_vm_keeps_its_slot_until_it_has_ended(
     monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
-    await nursery.start(driver.run, old, RunOptions())
+    await nursery.start(driver.run, old, VMSpec())
     stop, clone = driver.stop, driver.clone
     places: list[bool] = []
     assigned = False
@@ -417,7 +417,7 @@ async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProces
     await driver.clone("any", vm.tart_name, lambda _: None)
     driver.note(vm.tart_name, str(Note(1, Hardware(4, 8192, 0), suspendable=False)))
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, vm.tart_name, RunOptions())
+        await nursery.start(driver.run, vm.tart_name, VMSpec())
         nursery.cancel_scope.cancel()
     async with cluster.working():
         await cluster.wait_vm(

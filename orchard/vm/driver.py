@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import trio
 
 from orchard.resources.cluster import CachedImage, WorkerDisk
-from orchard.schema import OS
+from orchard.schema import OS, VMSpec
 
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
 
@@ -83,35 +83,6 @@ class Hardware:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedDir:
-    """A directory of the host, or an https:// archive, that the VM sees under `name`."""
-
-    name: str
-    path: str
-    ro: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The options of one run of a VM. `bridged` names a network interface of the host, or is "".
-
-    `audio`, `clipboard`: the guest shares the host's. `leased`: the VM ends when its lease expires.
-    """
-
-    headless: bool = False
-    softnet: bool = False
-    softnet_allow: tuple[str, ...] = ()
-    softnet_block: tuple[str, ...] = ()
-    bridged: str = ""
-    nested: bool = False
-    suspendable: bool = False
-    dirs: tuple[SharedDir, ...] = ()
-    audio: bool = False
-    clipboard: bool = False
-    leased: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Script:
     """A script, and the way into the VM to run it.
 
@@ -161,9 +132,11 @@ class Driver(Protocol):
         """Change a stopped VM, and give it a new MAC address or serial number. A disk can only grow."""
 
     async def run(
-        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, spec: VMSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Run a VM until it has shut down or was stopped or suspended. A suspended VM resumes.
+        """Run a VM as `spec` says until it has shut down or was stopped or suspended. A suspended VM resumes.
+
+        A `leased` VM ends when its lease expires.
 
         For `nursery.start`: started when the VM's process exists. When cancelled, it leaves the VM running. In all
         other cases nothing of the VM runs when it returns or raises.
@@ -209,7 +182,7 @@ class Driver(Protocol):
         """Clean up at the worker's start: end the calls, other than running VMs, that a killed worker left behind."""
 
     def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
-        """Renew leases: VMs run with `leased` may run until then, and are ended even without a worker.
+        """Renew leases: `leased` VMs may run until then, and are ended even without a worker.
 
         Applies to the VMs called `names` whose leases have not expired, and to those that are run from now on. Every
         other VM keeps the lease that it has.

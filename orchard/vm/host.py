@@ -26,7 +26,7 @@ import trio
 from orchard.codec import MAX_UINT, shown
 from orchard.resources.cluster import WorkerDisk
 from orchard.schema import HostDir, HostDirPolicy, is_allowed
-from orchard.vm.driver import DriverError, SharedDir
+from orchard.vm.driver import DriverError
 from orchard.vm.processes import run_program
 
 _MACHINE_ID_SECONDS = 10.0  # seconds
@@ -125,7 +125,7 @@ async def machine_id(path: Path = _MACHINE_ID) -> str:
     return f"node-{await trio.to_thread.run_sync(uuid.getnode):012x}"
 
 
-async def resolve_dirs(dirs: Sequence[SharedDir], policies: Sequence[HostDirPolicy] | None) -> tuple[SharedDir, ...]:
+async def resolve_dirs(dirs: Sequence[HostDir], policies: Sequence[HostDirPolicy] | None) -> tuple[HostDir, ...]:
     """Return the directories with the paths to which they lead on this host. Archives (https://) stay as they are.
 
     `policies` are the cluster's. With None (an older controller does not send them) the paths are mounted as they are.
@@ -137,7 +137,7 @@ async def resolve_dirs(dirs: Sequence[SharedDir], policies: Sequence[HostDirPoli
     return await trio.to_thread.run_sync(_resolve, dirs, policies, abandon_on_cancel=True)
 
 
-def _resolve(dirs: Sequence[SharedDir], policies: Sequence[HostDirPolicy]) -> tuple[SharedDir, ...]:
+def _resolve(dirs: Sequence[HostDir], policies: Sequence[HostDirPolicy]) -> tuple[HostDir, ...]:
     real = [
         replace(policy, path_prefix=os.path.realpath(policy.path_prefix))
         for policy in policies
@@ -146,14 +146,15 @@ def _resolve(dirs: Sequence[SharedDir], policies: Sequence[HostDirPolicy]) -> tu
     return tuple(_resolve_one(index, dir_, real) for index, dir_ in enumerate(dirs))
 
 
-def _resolve_one(index: int, dir_: SharedDir, policies: Sequence[HostDirPolicy]) -> SharedDir:
+def _resolve_one(index: int, dir_: HostDir, policies: Sequence[HostDirPolicy]) -> HostDir:
     if not dir_.path.startswith("/"):
         return dir_
     path = os.path.realpath(dir_.path)
     wanted = f"hostDirs[{index}].path: {shown(dir_.path)} leads to {shown(path)} on this host"
     if any(separator in path for separator in _SEPARATORS):
         raise DriverError(f'{wanted}, expected a path without ":" and ","')
-    if not is_allowed(policies, HostDir(dir_.name, path, dir_.ro)):
+    resolved = replace(dir_, path=path)
+    if not is_allowed(policies, resolved):
         access = "read only" if dir_.ro else "writable"
         raise DriverError(f"{wanted}, where no hostDirPolicy allows it {access}; see the cluster settings")
-    return replace(dir_, path=path)
+    return resolved

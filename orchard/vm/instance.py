@@ -32,7 +32,7 @@ from typing import Any
 import trio
 
 from orchard.base.nursery import Wakeup, first_exception, growing_pause
-from orchard.schema import PULLING, VM, Event, HostDirPolicy
+from orchard.schema import PULLING, VM, Event, HostDirPolicy, VMSpec
 from orchard.vm.driver import (
     Driver,
     DriverError,
@@ -40,7 +40,6 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
-    RunOptions,
     Script,
     ScriptFailed,
     SupervisorLost,
@@ -54,7 +53,6 @@ from orchard.vm.instance_state import (
     Step,
     hardware_of,
     initial_state,
-    run_options,
     shutdown_of,
     startup_of,
 )
@@ -261,7 +259,7 @@ class Instance:
                 self._note = replace(self._note, hardware=hardware_of(vm))
                 await self._host.driver.configure(self.name, self._note.hardware)
             if vm.spec.power_state == "running":
-                options = await self._resolved(run_options(vm))
+                spec = await self._resolved(vm.spec)
                 self._write(
                     replace(
                         self._note,
@@ -272,19 +270,19 @@ class Instance:
                     )
                 )
                 self.state = self.state.after("start")
-                await self._run(partial(self._host.driver.run, options=options))
+                await self._run(partial(self._host.driver.run, spec=spec))
             else:
                 self._show("rest", progress="", observed=vm.meta.generation)
                 while self.vm.meta.generation == vm.meta.generation:
                     await self._news.wait()
 
-    async def _resolved(self, options: RunOptions) -> RunOptions:
-        """Return the options with resolved paths of directories. Raises DriverError for one that may not be mounted."""
-        if not options.dirs:
-            return options
+    async def _resolved(self, spec: VMSpec) -> VMSpec:
+        """Return a specification with resolved paths of hostDirs. Raises DriverError for one that may not be mounted."""
+        if not spec.host_dirs:
+            return spec
         policies = await self._host.fetch_policies()
         with self._noting("hostDirs"):
-            return replace(options, dirs=await resolve_dirs(options.dirs, policies))
+            return replace(spec, host_dirs=await resolve_dirs(spec.host_dirs, policies))
 
     async def _create(self, vm: VM) -> None:
         driver, spec = self._host.driver, vm.spec

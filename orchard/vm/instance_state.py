@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from orchard.codec import format_time
 from orchard.schema import SHUTDOWN_TIMEOUT, VM, GuestScript, Status
-from orchard.vm.driver import Hardware, LocalState, RunOptions, Script, ScriptKind, SharedDir
+from orchard.vm.driver import Hardware, LocalState, Script, ScriptKind
 
 Phase = Literal[
     # Nothing is on the host: slots have to become free first.
@@ -221,25 +221,6 @@ def _parse_more(
 def hardware_of(vm: VM) -> Hardware:
     """Return the hardware that a VM is to have at its next start."""
     return Hardware(vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size)
-
-
-def run_options(vm: VM) -> RunOptions:
-    """Return the options of one run."""
-    spec = vm.spec
-    return RunOptions(
-        headless=spec.headless,
-        softnet=spec.net_softnet,
-        softnet_allow=spec.net_softnet_allow,
-        softnet_block=spec.net_softnet_block,
-        bridged=spec.net_bridged,
-        nested=spec.nested,
-        suspendable=spec.suspendable,
-        audio=spec.audio,
-        clipboard=spec.clipboard,
-        dirs=tuple(SharedDir(dir_.name, dir_.path, dir_.ro) for dir_ in spec.host_dirs),
-        # The controller starts no other VM elsewhere.
-        leased=spec.restart_policy == "OnFailure",
-    )
 
 
 def startup_of(vm: VM, worker: str) -> Script | None:

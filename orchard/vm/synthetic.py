@@ -47,7 +47,7 @@ from orchard import __version__
 from orchard.base.files import make_private, write_private
 from orchard.base.nursery import Wakeup
 from orchard.resources.cluster import CachedImage, WorkerDisk
-from orchard.schema import LOCAL_PREFIX, NAME
+from orchard.schema import LOCAL_PREFIX, NAME, VMSpec
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -59,7 +59,6 @@ from orchard.vm.driver import (
     NotRunning,
     OnLine,
     Progress,
-    RunOptions,
     Script,
     operand,
 )
@@ -226,18 +225,18 @@ class SyntheticDriver(Driver):
         _write(self._directory(name), {**about, **{key: value for key, value in wanted.items() if value}})
 
     async def run(
-        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, spec: VMSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         about = self._read(name)
         if name in self._guests:
             raise DriverError(f'VM "{name}" is already running')
-        if options.leased and trio.current_time() >= self._lease:
+        if spec.leased and trio.current_time() >= self._lease:
             raise DriverError(supervisor.EXPIRED)
         if about["state"] != "stopped":
             _write(self._directory(name), {**about, "state": "stopped"})
         if (self._directory(name) / "scripted").exists():
             await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
-        guest = self._guests[name] = _Guest(self._lease if options.leased else math.inf)
+        guest = self._guests[name] = _Guest(self._lease if spec.leased else math.inf)
         seconds = _number(about["source"], "boot", "s")
         seconds = self._boot_seconds if seconds is None else seconds
         with trio.move_on_after(seconds if about["state"] == "stopped" else 0):

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from orchard.codec import MAX_UINT, ValidationError, parse_time
 from orchard.resources.cluster import CachedImage
-from orchard.schema import ARCHIVE, LOCAL_PREFIX
+from orchard.schema import ARCHIVE, LOCAL_PREFIX, HostDir, VMSpec
 from orchard.vm.driver import (
     DriverError,
     Hardware,
@@ -23,8 +23,6 @@ from orchard.vm.driver import (
     NoSuchVM,
     NotRunning,
     Progress,
-    RunOptions,
-    SharedDir,
     operand,
 )
 from orchard.vm.processes import find_complaint, presentable
@@ -56,31 +54,31 @@ def set_arguments(name: str, hardware: Hardware, *, random_mac: bool = False, ra
     return ["set", operand("VM name", name), *words] if words else []
 
 
-def run_arguments(name: str, options: RunOptions, flags: AbstractSet[str] = frozenset()) -> list[str]:
-    """Return the arguments of `tart run`. Raises DriverError for options that they cannot express.
+def run_arguments(name: str, spec: VMSpec, flags: AbstractSet[str] = frozenset()) -> list[str]:
+    """Return the arguments of `tart run`. Raises DriverError for a specification that they cannot express.
 
     `flags` are those that the program at hand knows: not every version can keep the host's devices from a guest.
     """
     words = ["run"]
-    words += ["--no-graphics"] * options.headless
+    words += ["--no-graphics"] * spec.headless
     for flag, shared in (
-        ("--no-audio", options.audio),
-        ("--no-clipboard", options.clipboard),
+        ("--no-audio", spec.audio),
+        ("--no-clipboard", spec.clipboard),
         ("--no-usb-accessories", False),
     ):
         words += [flag] * (flag in flags and not shared)
-    words += ["--net-softnet"] * bool(options.softnet or options.softnet_allow or options.softnet_block)
+    words += ["--net-softnet"] * bool(spec.net_softnet or spec.net_softnet_allow or spec.net_softnet_block)
     for flag, networks in (
-        ("--net-softnet-allow", options.softnet_allow),
-        ("--net-softnet-block", options.softnet_block),
+        ("--net-softnet-allow", spec.net_softnet_allow),
+        ("--net-softnet-block", spec.net_softnet_block),
     ):
         if networks:
             words += [flag, ",".join(_network(flag, network) for network in networks)]
-    if options.bridged:
-        words.append(f"--net-bridged={operand('interface to bridge to', options.bridged)}")
-    words += ["--nested"] * options.nested
-    words += ["--suspendable"] * options.suspendable
-    words += [_dir_flag(shared) for shared in options.dirs]
+    if spec.net_bridged:
+        words.append(f"--net-bridged={operand('interface to bridge to', spec.net_bridged)}")
+    words += ["--nested"] * spec.nested
+    words += ["--suspendable"] * spec.suspendable
+    words += [_dir_flag(shared) for shared in spec.host_dirs]
     return [*words, operand("VM name", name)]
 
 
@@ -90,7 +88,7 @@ def _network(flag: str, network: str) -> str:
     return operand(f"network of {flag}", network)
 
 
-def _dir_flag(shared: SharedDir) -> str:
+def _dir_flag(shared: HostDir) -> str:
     expressible = ARCHIVE.fullmatch(shared.path) or (shared.path and ":" not in shared.path)
     if not shared.name or ":" in shared.name or not expressible or re.search("[,\0]", shared.name + shared.path):
         raise DriverError(
@@ -99,12 +97,12 @@ def _dir_flag(shared: SharedDir) -> str:
     return f"--dir={shared.name}:{shared.path}" + ":ro" * shared.ro
 
 
-def missing_in_vetu(options: RunOptions) -> str:
-    """Return the names of the features among the options that vetu does not have, or ""."""
+def missing_in_vetu(spec: VMSpec) -> str:
+    """Return the names of the features in a specification that vetu does not have, or ""."""
     wanted = {
-        "Softnet": options.softnet or options.softnet_allow or options.softnet_block,
-        "suspending": options.suspendable,
-        "shared directories": options.dirs,
+        "Softnet": spec.net_softnet or spec.net_softnet_allow or spec.net_softnet_block,
+        "suspending": spec.suspendable,
+        "shared directories": spec.host_dirs,
     }
     return ", ".join(feature for feature, asked in wanted.items() if asked)
 

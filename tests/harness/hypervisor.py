@@ -20,6 +20,7 @@ import trio
 
 from harness.network import Process
 from orchard.resources.cluster import CachedImage, WorkerDisk
+from orchard.schema import VMSpec
 from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
@@ -31,7 +32,6 @@ from orchard.vm.driver import (
     NotRunning,
     OnLine,
     Progress,
-    RunOptions,
     Script,
     ScriptFailed,
 )
@@ -303,9 +303,9 @@ class Handle(Driver):
         await self._ask(SET, configured)
 
     async def run(
-        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, name: str, spec: VMSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        guest = await self._ask(BOOT, lambda: self._machine.boot(name, leased=options.leased), lasts=True)
+        guest = await self._ask(BOOT, lambda: self._machine.boot(name, leased=spec.leased), lasts=True)
         task_status.started()
         await self._wait_ended(guest)
 

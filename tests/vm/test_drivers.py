@@ -23,6 +23,7 @@ from harness.programs import need
 from harness.sweeps import AtStep, growing_steps
 
 from orchard.base.nursery import unwrap_groups
+from orchard.schema import VMSpec
 from orchard.tart import TartDriver
 from orchard.vm import supervised, supervisor
 from orchard.vm.driver import (
@@ -33,7 +34,6 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
-    RunOptions,
     Script,
     ScriptFailed,
 )
@@ -73,7 +73,7 @@ class Bench:
         ended = trio.Event()
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            await self.driver.run(name, RunOptions(**options), task_status=task_status)
+            await self.driver.run(name, VMSpec(**options), task_status=task_status)
             ended.set()
 
         async with trio.open_nursery() as nursery:
@@ -186,7 +186,7 @@ async def test_unknown_vm_raises_no_such_vm(bench: Bench) -> None:
     calls: list[Callable[[], Awaitable[object]]] = [
         lambda: driver.clone("orchard-none", NAME, lambda _: None),
         lambda: driver.configure("orchard-none", Hardware(cpu=2)),
-        lambda: driver.run("orchard-none", RunOptions()),
+        lambda: driver.run("orchard-none", VMSpec()),
         lambda: driver.stop("orchard-none"),
         lambda: driver.suspend("orchard-none"),
         lambda: driver.delete("orchard-none"),
@@ -214,7 +214,7 @@ async def test_running_vm_can_not_be_run_again_configured_or_deleted(bench: Benc
         # tart knows that the VM runs when it has an address.
         await bench.driver.ip(NAME)
         for call in (
-            partial(bench.driver.run, NAME, RunOptions()),
+            partial(bench.driver.run, NAME, VMSpec()),
             partial(bench.driver.configure, NAME, Hardware(cpu=3)),
             partial(bench.driver.delete, NAME),
         ):
@@ -228,7 +228,7 @@ async def test_name_that_looks_like_an_option_is_refused(bench: Bench, name: str
     for call in (
         partial(bench.driver.clone, IMAGE, name, lambda _: None),
         partial(bench.driver.pull, name, lambda _: None),
-        partial(bench.driver.run, name, RunOptions()),
+        partial(bench.driver.run, name, VMSpec()),
         partial(bench.driver.delete, name),
     ):
         with pytest.raises(DriverError, match=r"name|image"):
@@ -271,7 +271,7 @@ async def test_disk_and_version_are_known(bench: Bench) -> None:
 async def test_vm_outlives_the_cancelled_run_and_can_be_adopted(bench: Bench) -> None:
     await bench.create()
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(bench.driver.run, NAME, RunOptions()))
+        await nursery.start(partial(bench.driver.run, NAME, VMSpec()))
         nursery.cancel_scope.cancel()
     await eventually(partial(bench.has_state, NAME, "running"))
     for _ in range(2):
@@ -293,7 +293,7 @@ async def test_expired_lease_ends_only_leased_vms(bench: Bench) -> None:
     async def run_until_the_lease_expires() -> None:
         with unwrap_groups():
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(bench.driver.run, NAME, RunOptions(leased=True)))
+                await nursery.start(partial(bench.driver.run, NAME, VMSpec(restart_policy="OnFailure")))
                 bench.lend(0.1, 0.2)
 
     await bench.create()
@@ -304,7 +304,7 @@ async def test_expired_lease_ends_only_leased_vms(bench: Bench) -> None:
             await run_until_the_lease_expires()
         assert await bench.states() == {NAME: "stopped", "orchard-free": "running"}
         with pytest.raises(DriverError, match=EXPIRED):
-            await bench.driver.run(NAME, RunOptions(leased=True))
+            await bench.driver.run(NAME, VMSpec(restart_policy="OnFailure"))
         assert not ended.is_set()
     assert processes_in(bench.home) == []
 
@@ -323,7 +323,7 @@ async def test_vm_that_is_killed_at_the_end_of_its_lease_says_so(bench: Bench, m
     async def run_until_overdue() -> None:
         with unwrap_groups():
             async with trio.open_nursery() as nursery:
-                await nursery.start(partial(bench.driver.run, NAME, RunOptions(leased=True)))
+                await nursery.start(partial(bench.driver.run, NAME, VMSpec(restart_policy="OnFailure")))
                 monkeypatch.setattr(supervised.SupervisedVMs, "_is_overdue", lambda self, name: True)
 
     monkeypatch.setattr(supervised, "_kill", kill_and_record)
@@ -336,7 +336,7 @@ async def test_vm_that_is_killed_at_the_end_of_its_lease_says_so(bench: Bench, m
 async def test_renewed_lease_does_not_expire(bench: Bench) -> None:
     async def renewed_in_time(seconds: float) -> bool:
         bench.lend(1000.0, 1000.0)
-        async with bench.running(leased=True) as ended:
+        async with bench.running(restart_policy="OnFailure") as ended:
             until = bench.lend(seconds, seconds)
             bench.lend(1000.0, 1000.0)
             if supervisor.clock() >= until:
@@ -494,7 +494,7 @@ async def test_script_in_a_stopped_vm_is_refused(script_bench: Bench) -> None:
 
 async def run_and_stop(bench: Bench) -> None:
     async with trio.open_nursery() as nursery:
-        await nursery.start(bench.driver.run, NAME, RunOptions(suspendable=True))
+        await nursery.start(bench.driver.run, NAME, VMSpec(suspendable=True))
         await eventually(partial(bench.has_state, NAME, "running"))
         await bench.driver.stop(NAME)
 

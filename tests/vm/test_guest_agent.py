@@ -16,8 +16,9 @@ import trio
 import trio.testing
 from harness.processes import eventually, processes_in
 
+from orchard.schema import VMSpec
 from orchard.tart import TartDriver
-from orchard.vm.driver import DriverError, NotRunning, RunOptions, Script, ScriptFailed
+from orchard.vm.driver import DriverError, NotRunning, Script, ScriptFailed
 from orchard.vm.script import CONNECT_SECONDS, TIMED_OUT
 
 Clock = trio.testing.MockClock
@@ -39,7 +40,7 @@ async def guest(home: Path, *, vetu: bool = False, **env: str) -> AsyncIterator[
     driver = TartDriver(str(STANDIN), home / "driver", vetu=vetu, env=environ, own_addresses=True)
     await driver.clone("example.com/image", NAME, lambda _: None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(driver.run, NAME, RunOptions()))
+        await nursery.start(partial(driver.run, NAME, VMSpec()))
         # The stand-in has forgotten the calls of an earlier boot.
         await eventually((home / f"{NAME}.lock").exists)
         yield driver

@@ -17,7 +17,7 @@ from orchard.codec import MAX_UINT
 from orchard.resources.cluster import WorkerDisk
 from orchard.schema import HostDir, HostDirPolicy
 from orchard.testing import cluster
-from orchard.vm.driver import DriverError, SharedDir
+from orchard.vm.driver import DriverError
 from orchard.vm.host import check_dhcp_lease, disk_of, leads_to_host, machine_id, resolve_dirs
 
 
@@ -48,8 +48,8 @@ def policies(tree: Path, *, ro: bool = False) -> list[HostDirPolicy]:
     ],
 )
 async def test_path_is_replaced_by_where_it_leads(tree: Path, path: str, leads_to: str) -> None:
-    dirs = [SharedDir("d", str(tree / path)), SharedDir("a", "https://archives.example/x.tar", ro=True)]
-    assert await resolve_dirs(dirs, policies(tree)) == (SharedDir("d", str(tree / leads_to)), dirs[1])
+    dirs = [HostDir("d", str(tree / path)), HostDir("a", "https://archives.example/x.tar", ro=True)]
+    assert await resolve_dirs(dirs, policies(tree)) == (HostDir("d", str(tree / leads_to)), dirs[1])
 
 
 @pytest.mark.parametrize(
@@ -57,26 +57,26 @@ async def test_path_is_replaced_by_where_it_leads(tree: Path, path: str, leads_t
 )
 async def test_path_that_leads_out_of_the_policies_is_refused(tree: Path, path: str) -> None:
     with pytest.raises(DriverError) as refusal:
-        await resolve_dirs([SharedDir("ok", str(tree / "allowed")), SharedDir("d", str(tree / path))], policies(tree))
+        await resolve_dirs([HostDir("ok", str(tree / "allowed")), HostDir("d", str(tree / path))], policies(tree))
     assert "hostDirs[1].path" in str(refusal.value)
 
 
 async def test_prefix_of_a_policy_may_be_a_link(tree: Path) -> None:
     alias = [HostDirPolicy(str(tree / "alias"), False)]
-    assert await resolve_dirs([SharedDir("d", str(tree / "alias/src"))], alias)
+    assert await resolve_dirs([HostDir("d", str(tree / "alias/src"))], alias)
     with pytest.raises(DriverError):
-        await resolve_dirs([SharedDir("d", str(tree / "alias/outside"))], alias)
+        await resolve_dirs([HostDir("d", str(tree / "alias/outside"))], alias)
 
 
 async def test_read_only_policy_allows_no_writable_mount(tree: Path) -> None:
     path = str(tree / "allowed/inside")
-    assert await resolve_dirs([SharedDir("d", path, ro=True)], policies(tree, ro=True))
+    assert await resolve_dirs([HostDir("d", path, ro=True)], policies(tree, ro=True))
     with pytest.raises(DriverError):
-        await resolve_dirs([SharedDir("d", path)], policies(tree, ro=True))
+        await resolve_dirs([HostDir("d", path)], policies(tree, ro=True))
 
 
 async def test_paths_stay_where_the_controller_tells_no_policies(tree: Path) -> None:
-    dirs = (SharedDir("d", str(tree / "allowed/outside")),)
+    dirs = (HostDir("d", str(tree / "allowed/outside")),)
     assert await resolve_dirs(dirs, None) == dirs
     with pytest.raises(DriverError):
         await resolve_dirs(dirs, [])

@@ -27,12 +27,11 @@ from harness.instances import (
     until,
 )
 from harness.processes import at_last, at_rest, eventually, processes_in
-from harness.strategies import pending
 from harness.sweeps import AtStep, growing_steps
 
-from orchard.schema import VM
+from orchard.schema import VM, VMSpec
 from orchard.tart import TartDriver
-from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, RunOptions, Script
+from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, Script
 from orchard.vm.instance import (
     CUT_OFF,
     QUEUED_LINES,
@@ -41,7 +40,7 @@ from orchard.vm.instance import (
     STOPPED,
     UNNOTED,
 )
-from orchard.vm.instance_state import PHASES, STEPS, InstanceState, Note, Phase, Startup, Step, run_options
+from orchard.vm.instance_state import PHASES, STEPS, InstanceState, Note, Phase, Startup, Step
 
 
 @pytest.fixture
@@ -175,9 +174,7 @@ async def test_guest_that_shuts_down_by_itself_fails_the_vm(host: Host) -> None:
 
 
 async def test_guest_that_ends_at_once_fails_the_vm(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run(
-        name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(name: str, spec: VMSpec, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
 
     monkeypatch.setattr(host.driver, "run", run)
@@ -588,9 +585,3 @@ def test_vm_on_tart_that_is_cancelled_at_any_step_leaves_nothing(tmp_path: Path)
 
 def has_no_process(home: Path) -> bool:
     return processes_in(home) == []
-
-
-def test_devices_of_the_host_are_shared_as_the_vm_says() -> None:
-    for audio, clipboard in ((False, False), (True, False), (False, True)):
-        options = run_options(pending(audio=audio, clipboard=clipboard))
-        assert (options.audio, options.clipboard) == (audio, clipboard)

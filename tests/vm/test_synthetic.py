@@ -23,8 +23,9 @@ import trio
 import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
+from orchard.schema import VMSpec
 from orchard.vm import synthetic
-from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, RunOptions, Script
+from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, Script
 from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
 
 IMAGE = "example.com/image:latest"
@@ -53,7 +54,7 @@ async def create(driver: SyntheticDriver, name: str = NAME, source: str = IMAGE)
 async def running(driver: SyntheticDriver, name: str = NAME) -> AsyncIterator[trio.Nursery]:
     """Run a VM during the block."""
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, name, RunOptions())
+        await nursery.start(driver.run, name, VMSpec())
         try:
             yield nursery
         finally:
@@ -138,8 +139,9 @@ async def test_script_ends_with_its_vm(driver: SyntheticDriver, home: Path) -> N
 KILLED = """
 import sys, trio
 from pathlib import Path
+from orchard.schema import VMSpec
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.vm.driver import RunOptions, Script
+from orchard.vm.driver import Script
 
 async def main(home, *names):
     driver = SyntheticDriver(Path(home))
@@ -150,7 +152,7 @@ async def main(home, *names):
     async with trio.open_nursery() as nursery:
         for name in names:
             await driver.clone("image", name, lambda _: None)
-            await nursery.start(driver.run, name, RunOptions())
+            await nursery.start(driver.run, name, VMSpec())
             text = "sleep 1000 & setsid sleep 1000 & echo begun; sleep 1000"
             nursery.start_soon(driver.run_script, name, Script(text), on_line)
 
@@ -304,7 +306,7 @@ async def test_name_that_leads_out_of_the_directory_is_refused(
         partial(driver.clone, IMAGE, name, lambda _: None),
         partial(driver.clone, NAME, name, lambda _: None),
         partial(driver.configure, name, Hardware(cpu=2)),
-        partial(driver.run, name, RunOptions()),
+        partial(driver.run, name, VMSpec()),
         partial(driver.ip, name),
         partial(driver.stop, name),
         partial(driver.suspend, name),
@@ -337,7 +339,7 @@ async def test_unwritable_directory_raises_driver_error(driver: SyntheticDriver,
         await driver.configure(NAME, Hardware(cpu=2))
     (home / NAME / "vm.json").write_text("torn {")
     with pytest.raises(DriverError, match="cannot read the file of VM"):
-        await driver.run(NAME, RunOptions())
+        await driver.run(NAME, VMSpec())
 
 
 async def test_script_in_a_vm_without_a_disk_raises_driver_error(driver: SyntheticDriver) -> None:
@@ -366,11 +368,11 @@ async def test_pull_and_boot_take_the_configured_time(home: Path, autojump_clock
     assert told == list(range(10, 101, 10))
     assert trio.current_time() - began == pytest.approx(60)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, NAME, RunOptions())
+        await nursery.start(driver.run, NAME, VMSpec())
         assert trio.current_time() - began == pytest.approx(90)
         await driver.suspend(NAME)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, NAME, RunOptions())
+        await nursery.start(driver.run, NAME, VMSpec())
         assert trio.current_time() - began == pytest.approx(90)
         await driver.stop(NAME)
 
@@ -379,7 +381,7 @@ async def test_vm_can_be_stopped_while_it_boots(home: Path, autojump_clock: trio
     driver = SyntheticDriver(home, boot_seconds=30)
     await create(driver)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(driver.run, NAME, RunOptions())
+        nursery.start_soon(driver.run, NAME, VMSpec())
         await trio.testing.wait_all_tasks_blocked()
         await driver.stop(NAME)
     assert trio.current_time() == pytest.approx(0)
@@ -533,7 +535,7 @@ async def test_image_that_does_not_boot_fails_its_vm_which_can_be_deleted(
     await create(driver, NAME, "host/boot-3s/boot-fails:1")
     for attempt in (1, 2):
         with pytest.raises(DriverError, match="boot"):
-            await driver.run(NAME, RunOptions())
+            await driver.run(NAME, VMSpec())
         assert trio.current_time() == 3 * attempt
     assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
     await driver.delete(NAME)

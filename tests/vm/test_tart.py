@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from harness.every_field import EVERY_FIELD
 from harness.processes import GENEROUS, eventually, no_descriptors, processes_in
+from harness.strategies import BEGAN, pending
 
 from orchard import tart as tart_module
 from orchard.base.nursery import unwrap_groups
-from orchard.codec import MAX_UINT
+from orchard.codec import MAX_UINT, attrs_of
+from orchard.resources.validation import vm_from_client
+from orchard.schema import VM, HostDir, VMSpec, Worker
 from orchard.tart import TartDriver, find_tart
+from orchard.transitions import assign, change
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     DriverError,
@@ -32,11 +38,10 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
-    RunOptions,
     Script,
-    SharedDir,
     operand,
 )
+from orchard.vm.instance_state import hardware_of
 from orchard.vm.processes import OUTPUT_BYTES, is_locked
 from orchard.vm.tart_cli import (
     Abilities,
@@ -104,28 +109,28 @@ def clock() -> Clock:
     [
         ({}, []),
         ({"headless": True}, ["--no-graphics"]),
-        ({"softnet": True}, ["--net-softnet"]),
+        ({"net_softnet": True}, ["--net-softnet"]),
         (
-            {"softnet_allow": ("10.0.0.0/8", "fd00::/8")},
+            {"net_softnet_allow": ("10.0.0.0/8", "fd00::/8")},
             ["--net-softnet", "--net-softnet-allow", "10.0.0.0/8,fd00::/8"],
         ),
-        ({"softnet_block": ("0.0.0.0/0",)}, ["--net-softnet", "--net-softnet-block", "0.0.0.0/0"]),
-        ({"bridged": "en0"}, ["--net-bridged=en0"]),
+        ({"net_softnet_block": ("0.0.0.0/0",)}, ["--net-softnet", "--net-softnet-block", "0.0.0.0/0"]),
+        ({"net_bridged": "en0"}, ["--net-bridged=en0"]),
         (
-            {"softnet_allow": ("@host", "in @host:22"), "softnet_block": ("out 0.0.0.0/0",)},
+            {"net_softnet_allow": ("@host", "in @host:22"), "net_softnet_block": ("out 0.0.0.0/0",)},
             ["--net-softnet", "--net-softnet-allow", "@host,in @host:22", "--net-softnet-block", "out 0.0.0.0/0"],
         ),
         ({"nested": True}, ["--nested"]),
         ({"suspendable": True}, ["--suspendable"]),
-        ({"dirs": (SharedDir("src", "/a b", ro=True),)}, ["--dir=src:/a b:ro"]),
+        ({"host_dirs": (HostDir("src", "/a b", ro=True),)}, ["--dir=src:/a b:ro"]),
         (
-            {"dirs": (SharedDir("x", "/x"), SharedDir("y", "https://h:8/a.tgz"))},
+            {"host_dirs": (HostDir("x", "/x"), HostDir("y", "https://h:8/a.tgz"))},
             ["--dir=x:/x", "--dir=y:https://h:8/a.tgz"],
         ),
     ],
 )
 def test_run_arguments(options: dict[str, Any], words: list[str]) -> None:
-    assert run_arguments("vm", RunOptions(**options)) == ["run", *words, "vm"]
+    assert run_arguments("vm", VMSpec(**options)) == ["run", *words, "vm"]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,21 @@ def test_devices_of_the_host_are_kept_from_the_guest_by_the_flags_at_hand(
     options: dict[str, Any], words: list[str]
 ) -> None:
     flags = {"--no-audio", "--no-clipboard", "--no-usb-accessories", "--no-other"}
-    assert run_arguments("vm", RunOptions(**options), flags) == ["run", *words, "vm"]
-    assert run_arguments("vm", RunOptions(**options)) == ["run", "vm"]
+    assert run_arguments("vm", VMSpec(**options), flags) == ["run", *words, "vm"]
+    assert run_arguments("vm", VMSpec(**options)) == ["run", "vm"]
+
+
+APPLIED_AT_BOOT = [field.name for field in attrs_of(VMSpec) if field.change == "boot" and field.name != "power_state"]
+
+
+@pytest.mark.parametrize("name", APPLIED_AT_BOOT)
+def test_each_field_that_applies_at_the_next_boot_reaches_tart(name: str) -> None:
+    def calls_of(vm: VM) -> tuple[list[str], list[str]]:
+        return set_arguments("vm", hardware_of(vm)), run_arguments("vm", vm.spec)
+
+    vm = assign(pending(), Worker("w"), BEGAN)
+    _, other = vm_from_client({**EVERY_FIELD, "name": "vm"}, [])
+    assert calls_of(change(vm, replace(vm.spec, **{name: getattr(other, name)}))) != calls_of(vm)
 
 
 @pytest.mark.parametrize(
@@ -181,19 +199,19 @@ def test_set_arguments() -> None:
 @pytest.mark.parametrize(
     "shared",
     [
-        SharedDir("a:b", "/x"),
-        SharedDir("a,b", "/x"),
-        SharedDir("a", "/x:ro"),
-        SharedDir("a", "/x,/y"),
-        SharedDir("", "/x"),
-        SharedDir("a", ""),
-        SharedDir("a", "/x\0"),
-        SharedDir("a", "https://h/x:y"),
+        HostDir("a:b", "/x"),
+        HostDir("a,b", "/x"),
+        HostDir("a", "/x:ro"),
+        HostDir("a", "/x,/y"),
+        HostDir("", "/x"),
+        HostDir("a", ""),
+        HostDir("a", "/x\0"),
+        HostDir("a", "https://h/x:y"),
     ],
 )
-def test_shared_directory_with_colon_or_comma_is_refused(shared: SharedDir) -> None:
+def test_shared_directory_with_colon_or_comma_is_refused(shared: HostDir) -> None:
     with pytest.raises(DriverError, match='expected name and path without ":" and ","'):
-        run_arguments("vm", RunOptions(dirs=(shared,)))
+        run_arguments("vm", VMSpec(host_dirs=(shared,)))
 
 
 @pytest.mark.parametrize("text", ["", "-x", "--help", "a\0"])
@@ -201,16 +219,16 @@ def test_operand_that_looks_like_an_option_is_refused(text: str) -> None:
     with pytest.raises(DriverError, match="image is"):
         operand("image", text)
     with pytest.raises(DriverError):
-        run_arguments(text, RunOptions())
+        run_arguments(text, VMSpec())
     with pytest.raises(DriverError, match="network of --net-softnet-allow"):
-        run_arguments("vm", RunOptions(softnet_allow=(text,)))
+        run_arguments("vm", VMSpec(net_softnet_allow=(text,)))
 
 
 def test_network_with_a_comma_and_interface_with_nul_are_refused() -> None:
     with pytest.raises(DriverError, match="expected one network, without a comma"):
-        run_arguments("vm", RunOptions(softnet_block=("10.0.0.0/8,0.0.0.0/0",)))
+        run_arguments("vm", VMSpec(net_softnet_block=("10.0.0.0/8,0.0.0.0/0",)))
     with pytest.raises(DriverError, match="interface to bridge to"):
-        run_arguments("vm", RunOptions(bridged="en0\0"))
+        run_arguments("vm", VMSpec(net_bridged="en0\0"))
 
 
 # ---- output --------------------------------------------------------------------------------------------------------
@@ -325,7 +343,7 @@ async def test_deleted_program_raises_driver_error(tmp_path: Path) -> None:
     driver = TartDriver("/none/tart", tmp_path)
     with pytest.raises(DriverError, match=r"cannot run /none/tart: .*not found"):
         await driver.fqn("vm")
-    for call in (driver.list_vms, partial(driver.run, "vm", RunOptions())):
+    for call in (driver.list_vms, partial(driver.run, "vm", VMSpec())):
         with pytest.raises(DriverError, match="cannot run /none/tart: No such file"):
             await call()
 
@@ -378,7 +396,7 @@ async def test_address_of_a_starting_vm_is_asked_for_again(tmp_path: Path) -> No
         await driver.ip("vm")
     assert asked.with_suffix(".1").exists()
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions())
+        await nursery.start(driver.run, "vm", VMSpec())
         with pytest.raises(DriverError, match=r"is your VM running\?|expected an IP address"):
             await driver.ip("vm")
     assert asked.with_suffix(".3").exists()
@@ -395,7 +413,7 @@ async def test_suspending_a_starting_vm_is_retried(tmp_path: Path) -> None:
     esac"""
     driver = program(tmp_path / "tart", text)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions())
+        await nursery.start(driver.run, "vm", VMSpec())
         await driver.suspend("vm")
     assert asked.with_suffix(".3").exists()
 
@@ -407,7 +425,7 @@ async def test_starting_vm_is_not_deleted(tmp_path: Path) -> None:
     # Until the hold is released, tart says that the VM does not run.
     (tmp_path / "hold").write_text("run before")
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions())
+        await nursery.start(driver.run, "vm", VMSpec())
         await eventually((tmp_path / "held").exists)
         with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
             await driver.delete("vm")
@@ -428,7 +446,7 @@ async def test_killed_start_leaves_no_vm_running(tmp_path: Path, monkeypatch: py
     await driver.clone(IMAGE, "vm", lambda _: None)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(DriverError, match=r"^the start of the VM's supervisor ended with status -9$"):
-        await driver.run("vm", RunOptions())
+        await driver.run("vm", VMSpec())
     assert processes_in(tmp_path) == []
     assert await driver.list_vms() == [LocalVM("vm", "stopped")]
 
@@ -440,7 +458,7 @@ async def test_starting_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) ->
 
     async def run_until_the_supervisor_is_killed() -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(driver.run, "vm", RunOptions())
+            await nursery.start(driver.run, "vm", VMSpec())
             await eventually((tmp_path / "held").exists)
             os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor, signal.SIGKILL)
 
@@ -456,7 +474,7 @@ async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, mo
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
+        await nursery.start(driver.run, "vm", VMSpec(suspendable=True))
         await driver.ip("vm")
         number = supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor
         os.kill(number, signal.SIGSTOP)
@@ -542,7 +560,7 @@ async def test_verbs_without_a_free_descriptor_raise_driver_error(tmp_path: Path
         lambda: driver.stop("vm"),
         lambda: driver.suspend("vm"),
         lambda: driver.delete("vm"),
-        lambda: driver.run("vm", RunOptions()),
+        lambda: driver.run("vm", VMSpec()),
         lambda: driver.attach("vm"),
         lambda: driver.run_script("vm", Script("true", agent=True), on_line),
     ]
@@ -567,7 +585,7 @@ async def test_failed_run_raises_the_message_of_tart(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_RUN_EXIT="The number of VMs exceeds the system limit")
     await driver.clone(IMAGE, "vm", lambda _: None)
     with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
-        await driver.run("vm", RunOptions())
+        await driver.run("vm", VMSpec())
 
 
 @pytest.fixture
@@ -632,7 +650,7 @@ async def test_clone_replaces_no_running_vm(tmp_path: Path) -> None:
 async def running(driver: TartDriver, name: str, **options: Any) -> AsyncIterator[None]:
     """Run a VM for the time of the block, and stop it."""
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, name, RunOptions(**options))
+        await nursery.start(driver.run, name, VMSpec(**options))
         await driver.ip(name)
         yield
         await driver.stop(name)
@@ -678,7 +696,7 @@ async def test_failed_restore_is_followed_by_one_cold_boot(tmp_path: Path) -> No
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
+        await nursery.start(driver.run, "vm", VMSpec(suspendable=True))
         await driver.ip("vm")
         await driver.suspend("vm")
     broken = tart(tmp_path, TART_RESTORE_FAILS="1")
@@ -695,7 +713,7 @@ async def test_failed_restore_fails_the_run_when_the_cold_boot_fails_too(tmp_pat
     change_vm(tmp_path, "vm", state="suspended")
     broken = tart(tmp_path, TART_RESTORE_FAILS="1", TART_RUN_EXIT="Error: no cold boot either")
     with pytest.raises(DriverError, match=r"^no cold boot either$"):
-        await broken.run("vm", RunOptions(suspendable=True))
+        await broken.run("vm", VMSpec(suspendable=True))
     assert await broken.list_vms() == [LocalVM("vm", "stopped")]
 
 
@@ -765,7 +783,7 @@ async def test_old_tart_lists_no_vms_while_one_is_young(
         listed.set()
 
     async with trio.open_nursery() as running:
-        await running.start(driver.run, "vm", RunOptions())
+        await running.start(driver.run, "vm", VMSpec())
         await driver.ip("vm")
         now = (tmp_path / "driver" / "vm.note").stat().st_mtime + 9
         nursery.start_soon(list_vms)
@@ -862,7 +880,7 @@ async def test_guest_that_does_not_shut_down_is_killed(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_STUBBORN="1", stop_seconds=0)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions())
+        await nursery.start(driver.run, "vm", VMSpec())
         await eventually(partial(answers, driver))
         await driver.stop("vm")
     assert await driver.list_vms() == [LocalVM("vm", "stopped")]
@@ -886,7 +904,7 @@ async def test_guest_killed_from_outside_fails_the_run(tmp_path: Path, nursery: 
 
     nursery.start_soon(kill)
     with pytest.raises(DriverError, match="tart run failed with exit status -9"):
-        await driver.run("vm", RunOptions())
+        await driver.run("vm", VMSpec())
 
 
 async def test_run_beyond_the_system_limit_fails(tmp_path: Path) -> None:
@@ -894,18 +912,18 @@ async def test_run_beyond_the_system_limit_fails(tmp_path: Path) -> None:
     for name in ("vm", "second"):
         await driver.clone(IMAGE, name, lambda _: None)
     async with trio.open_nursery() as nursery:
-        await nursery.start(driver.run, "vm", RunOptions())
+        await nursery.start(driver.run, "vm", VMSpec())
         await eventually(partial(answers, driver))
         with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
-            await driver.run("second", RunOptions())
+            await driver.run("second", VMSpec())
         await driver.stop("vm")
 
 
 async def test_flags_reach_the_program_unchanged(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_FLAGS="")
     await driver.clone(IMAGE, "vm", lambda _: None)
-    options = RunOptions(
-        headless=True, bridged="Wi-Fi: en0", nested=True, dirs=(SharedDir("a b", "/x 'y' $z", ro=True),)
+    options = VMSpec(
+        headless=True, net_bridged="Wi-Fi: en0", nested=True, host_dirs=(HostDir("a b", "/x 'y' $z", ro=True),)
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", options)
@@ -963,10 +981,10 @@ async def test_features_missing_in_vetu_are_refused_by_name(tmp_path: Path) -> N
     driver = tart(tmp_path, vetu=True)
     await driver.clone(IMAGE, "vm", lambda _: None)
     for options, words in (
-        (RunOptions(softnet=True), "Softnet"),
-        (RunOptions(softnet_block=("0.0.0.0/0",)), "Softnet"),
-        (RunOptions(suspendable=True), "suspending"),
-        (RunOptions(dirs=(SharedDir("a", "/a"),)), "shared directories"),
+        (VMSpec(net_softnet=True), "Softnet"),
+        (VMSpec(net_softnet_block=("0.0.0.0/0",)), "Softnet"),
+        (VMSpec(suspendable=True), "suspending"),
+        (VMSpec(host_dirs=(HostDir("a", "/a"),)), "shared directories"),
     ):
         with pytest.raises(DriverError, match=f"vetu does not support {words}: such a VM needs a worker with tart"):
             await driver.run("vm", options)
