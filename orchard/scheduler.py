@@ -128,7 +128,7 @@ class _Restarts:
         self._vms.pop(name, None)
 
     def review(self, worker: str) -> None:
-        """Look again at the VMs of a worker that was deleted."""
+        """Look again at the VMs of a worker that was deleted or replaced."""
         for vm in self._vms.values():
             if vm.state.worker == worker:
                 heapq.heappush(self._heap, (-math.inf, vm.name))
@@ -187,7 +187,10 @@ class Planner:
 
     def put_worker(self, worker: Worker) -> None:
         """Add or replace a worker."""
+        old = self._workers.get(worker.name)
         self._workers[worker.name] = worker
+        if old is not None and old.created_at != worker.created_at:
+            self._restarts.review(worker.name)
         self._online.check(worker.name)
         self.placement.put_worker(worker)
 

@@ -157,9 +157,10 @@ class TartDriver:
         self._runs: dict[str, bool] = {}
 
     async def list_vms(self) -> list[LocalVM]:
-        found = await self._list("local", parse_list)
-        # A VM that was started a moment ago runs, even if tart does not list it as running yet.
-        return [LocalVM(vm.name, "running") if self._supervised.is_running(vm.name) else vm for vm in found]
+        listed = {vm.name: vm for vm in await self._list("local", parse_list)}
+        # tart does not list a VM as running that was started a moment ago, and does not list one of another TART_HOME.
+        running = {name: LocalVM(name, "running") for name in self._supervised.running()}
+        return list({**listed, **running}.values())
 
     async def list_images(self) -> list[CachedImage]:
         images = await self._list("oci", parse_images)

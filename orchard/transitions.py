@@ -169,9 +169,9 @@ def request_restart(vm: VM, worker: Worker | None) -> VM:
 
 
 def has_lost_worker(vm: VM, worker: Worker | None) -> bool:
-    """Return whether a VM's worker was deleted before it reported the VM's end. `worker` has that worker's name now.
+    """Return whether a VM's worker was deleted or replaced before it reported the VM's end.
 
-    A worker that was registered after the VM was assigned does not report that end.
+    `worker` has that worker's name now. If it was registered after the VM was assigned, it does not report that end.
     """
     if not vm.state.worker or vm.state.ended_at:
         return False
@@ -182,8 +182,8 @@ def has_lost_worker(vm: VM, worker: Worker | None) -> bool:
 
 
 def withdraw_restart(vm: VM) -> VM:
-    """Return a VM that is not restarted, because its worker was deleted before it reported the VM's end."""
-    reason = f'not restarted: worker "{vm.state.worker}" was deleted before it reported the end of the VM'
+    """Return a VM that is not restarted, because its worker went before it reported the VM's end."""
+    reason = f'not restarted: worker "{vm.state.worker}" was deleted or replaced before it reported the end of the VM'
     return replace(
         vm, state=replace(vm.state, end_request="", status_message=f"{reason}; delete the VM and create it again")
     )

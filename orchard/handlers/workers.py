@@ -10,7 +10,7 @@ from functools import partial
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import auth
+from orchard import auth, transitions
 from orchard.api import API, liveness_source
 from orchard.codec import shown
 from orchard.control import deadlines
@@ -25,6 +25,7 @@ from orchard.resources import validation
 from orchard.resources.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.schema import Worker
 from orchard.state.change_log import Selection
+from orchard.store import Transaction
 
 
 def register_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
@@ -57,7 +58,8 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
         )
     liveness = api.parts.liveness
     # The fields that administrators or the controller have set.
-    kept = old or replace(wanted, created_at=api.parts.clock(), unknown={}, drain=None, offline_since=None, promised=0)
+    now = _registered_at(api, wanted.name)
+    kept = old or replace(wanted, created_at=now, unknown={}, drain=None, offline_since=None, promised=0)
     new = replace(
         wanted,
         labels=validation.labels_of(wanted),
@@ -79,8 +81,7 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
     )
     with api.store.transaction() as tx:
         if old is not None and old.instance_id and old.instance_id != new.instance_id:
-            tx.put(deadlines.promise_of(new.name, api.state, liveness))
-            liveness.record_replacement(new.name)
+            new = _take_name(api, new, now, tx)
         if new != old:
             tx.put(new)
     _notice_restored(api, wanted.highest_revision)
@@ -90,6 +91,33 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
     if wanted.last_seen is not None:
         liveness.record_heartbeat(new.name, source, wanted.last_seen)
     return _worker(api, new.name)
+
+
+def _take_name(api: API, new: Worker, now: datetime.datetime, tx: Transaction) -> Worker:
+    """Return a worker as it is stored in the place of another instance on its host, whose VMs may still run.
+
+    As after a deletion, these VMs fail, and nothing that the new worker says of them means that they have ended.
+    """
+    liveness = api.parts.liveness
+    tx.put(deadlines.promise_of(new.name, api.state, liveness))
+    liveness.record_replacement(new.name)
+    if not new.instance_id:
+        # A worker of an older version has no id. It may be the same one, and then it adopts the VMs.
+        return new
+    reason = f'worker "{new.name}" was replaced by one with another directory on the same machine'
+    for vm in api.state.vms_by_worker.get(new.name, {}).values():
+        if vm.state.status != "failed":
+            tx.put(transitions.fail(vm, reason))
+    return replace(new, created_at=now)
+
+
+def _registered_at(api: API, name: str) -> datetime.datetime:
+    """Return the present time as that of a registration, but later than the assignment of all VMs under that name.
+
+    So these are known as an earlier worker's, even if the clock was set back meanwhile.
+    """
+    times = [vm.state.scheduled_at for vm in api.state.vms_by_worker.get(name, {}).values()]
+    return max([api.parts.clock(), *(time + datetime.timedelta(microseconds=1) for time in times if time)])
 
 
 def _notice_restored(api: API, revision: int) -> None:

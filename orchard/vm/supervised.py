@@ -75,6 +75,11 @@ class SupervisedVMs:
         with reporting(f"cannot read {path}"):
             return is_locked(path)
 
+    def running(self) -> list[str]:
+        """Return the names of the VMs whose supervisors live."""
+        with reporting(f"cannot read {self._home}"):
+            return [path.stem for path in self._home.glob("*.run") if is_locked(path)]
+
     def record(self, name: str) -> supervisor.Record:
         path = self._file(name, "run")
         with reporting(f"cannot read {path}"):
@@ -102,7 +107,7 @@ class SupervisedVMs:
         """Return when the VMs that run were started, in seconds since 1970."""
         with reporting(f"cannot read {self._home}"):
             # The worker writes a VM's note before it starts the VM, and seldom later.
-            notes = [path.with_suffix(".note") for path in self._home.glob("*.run") if is_locked(path)]
+            notes = [self._file(name, "note") for name in self.running()]
             return [path.stat().st_mtime for path in notes if path.exists()]
 
     def forget(self, name: str) -> None:

@@ -32,7 +32,7 @@ from harness.hosts import (
 )
 from harness.processes import GENEROUS, LISTENING, ORCHARD, PLAIN, eventually, free_port, processes_in, started
 
-from orchard.client import Client
+from orchard.client import Client, ResponseError
 from orchard.schema import VM
 from orchard.vm import supervisor
 from orchard.vm.instance import CUT_OFF, SHUT_DOWN, STOPPED
@@ -301,6 +301,43 @@ async def test_two_workers_on_one_host_leave_each_others_vms_and_calls_alone(tmp
             assert c.always_alone("a")
             assert c.always_alone("b")
             assert ends_well(first_worker)
+
+
+async def test_vm_of_a_worker_in_another_directory_is_not_started_a_second_time(tmp_path: Path) -> None:
+    """A worker takes the name of one on the same machine, and has its own directory and another TART_HOME."""
+    async with process_cluster(tmp_path) as c:
+        second = c.add_host("second/mac")
+        with c.host.worker() as worker:
+            vm = await c.create_running("vm")
+            worker.stop(signal.SIGKILL)
+        with second.worker() as worker:
+            await c.wait_vm("vm", has_failed)
+            await eventually(partial(is_online, c.client, "mac"))
+            with pytest.raises(ResponseError) as refusal:
+                await c.client.vms.restart("vm")
+            assert refusal.value.status == 412
+            assert has_state(c.host, vm, "running")
+            assert ends_well(worker)
+        with c.host.worker() as worker:
+            await c.wait_vm("vm", lambda vm: vm.state.ended_at is not None)
+            assert has_state(c.host, vm, "stopped")
+            await c.client.vms.restart("vm")
+            await c.wait_vm("vm", is_restarted)
+            assert c.always_alone("vm")
+            assert ends_well(worker)
+
+
+async def test_vm_of_another_tart_home_is_adopted_and_ended(tmp_path: Path) -> None:
+    async with process_cluster(tmp_path) as c:
+        with c.host.worker() as worker:
+            vm = await c.create_running("vm")
+            worker.stop(signal.SIGKILL)
+        with c.host.worker(TART_HOME=str(tmp_path / "other")) as worker:
+            await eventually(lambda: has_logged(worker, "adopted running VM"))
+            assert await c.client.vms.get("vm") == vm
+            await c.client.vms.delete("vm")
+            await eventually(lambda: has_state(c.host, vm, "stopped"))
+            assert ends_well(worker)
 
 
 async def is_online(client: Client, name: str) -> bool:

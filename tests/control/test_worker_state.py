@@ -17,7 +17,7 @@ from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
 from orchard.decisions.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailures
 from orchard.decisions.liveness import AWAY_SECONDS
 from orchard.decisions.planning import RESTART_PAUSE_SECONDS
-from orchard.resources.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, WORKER_STATE
+from orchard.resources.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, VM_RESTART, WORKER_STATE
 from orchard.schema import TART_VMS, ServiceAccount, Worker
 from orchard.storage.errors import StorageError
 from orchard.storage.file_engine import UPKEEP_SECONDS
@@ -405,6 +405,28 @@ async def test_vms_of_another_instance_restart_only_when_its_promise_is_over(
     await trio.sleep(1)
     api.schedule()
     assert (await api.ok("GET", "/vms/vm"))["restart_count"] == 1
+
+
+@pytest.mark.parametrize("is_asked_before", [False, True])
+async def test_vm_without_lease_of_another_instance_is_not_restarted(
+    api: Served, autojump_clock: object, *, is_asked_before: bool
+) -> None:
+    await api.register("w", instance_id="first", capabilities=[VM_RESTART])
+    vm = await place(api, "vm")
+    await api.ok("GET", "/vms?filter=worker=w")
+    await report(api, vm, "running")
+    if is_asked_before:
+        await api.ok("POST", "/vms/vm/restart")
+    api.close_watch("w")
+    await trio.sleep(10)
+    await api.register("w", instance_id="second", capabilities=[VM_RESTART])
+    assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
+    await trio.sleep(DEFAULT_OFFLINE_TIMEOUT)
+    api.schedule()
+    assert (await api.call("POST", "/vms/vm/restart")).status == 412
+    await trio.sleep(DEFAULT_OFFLINE_TIMEOUT)
+    api.schedule()
+    assert "restart_count" not in await api.ok("GET", "/vms/vm")
 
 
 # ---- a controller that was restored from an older state -------------------------------------------------------------
