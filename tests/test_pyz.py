@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,15 @@ def test_command_runs_in_an_empty_home_and_keeps_exit_statuses(pyz: Path, tmp_pa
     assert run(pyz, "list", "vms", home=tmp_path).returncode == 1
     (made,) = (tmp_path / ".orchard" / "pyz").iterdir()
     assert (made / "orchard" / "controller.py").exists()
+
+
+def test_printed_settings_of_ssh_run_the_archive(pyz: Path, tmp_path: Path) -> None:
+    [line] = [line for line in run(pyz, "ssh-config", home=tmp_path).stdout.splitlines() if "ProxyCommand" in line]
+    program = shlex.split(line.partition("__tunnel")[0])[1:]
+    # As ssh runs it, without what the archive sets for its own processes.
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run([*program, "--version"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"orchard {__version__}\n")
 
 
 def test_home_that_cannot_be_written_to_is_named(pyz: Path, tmp_path: Path) -> None:

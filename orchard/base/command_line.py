@@ -1,4 +1,4 @@
-"""How the command lines of Orchard are read, and where Orchard keeps its files by default.
+"""How the command lines of Orchard are read and repeated, and where Orchard keeps its files by default.
 
 `CommandLine` is an argparse.ArgumentParser, and the `parse_*` functions are `type=` functions for it: they raise
 ArgumentTypeError with the text and what was expected; argparse then exits with status 2.
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from zipimport import zipimporter
 
 # As typing.TYPE_CHECKING, whose import takes a tenth of the start.
 TYPE_CHECKING = False
@@ -78,6 +79,15 @@ def _describe_move(old: Path, home: Path, paths: Sequence[Path]) -> str:
         f"{old} has data of an earlier version, which this one keeps in {home}; stop the processes that use it, then:"
         f" mkdir -p -m 700 {target} && mv {words} {target}/"
     )
+
+
+def running_program() -> list[str]:
+    """Return the words that run the `orchard` command as it runs now: from an archive, or from an environment."""
+    loader = getattr(sys.modules["__main__"], "__loader__", None)
+    if isinstance(loader, zipimporter):
+        # Links stay links, so that an exchange of their targets is an upgrade.
+        return [sys.executable, os.path.abspath(loader.archive)]  # noqa: PTH100
+    return [sys.executable, "-P", "-m", "orchard"]
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -16,13 +16,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-import zipimport
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchard.auth import BootstrapToken
-from orchard.base.command_line import CommandLine
+from orchard.base.command_line import CommandLine, running_program
 from orchard.base.files import make_private, write_private
 from orchard.cli.failure import CommandError
 from orchard.cli.services import STATE_DIRECTORY, ServiceDefinition, launchd_label, launchd_plist, systemd_unit
@@ -152,15 +151,6 @@ def install_parser(role: str, verb: str) -> CommandLine:
 
 
 # ---- what the service is -------------------------------------------------------------------------------------------
-
-
-def running_program() -> list[str]:
-    """Return the words that run the `orchard` command as it runs now: from an archive, or from an environment."""
-    loader = getattr(sys.modules["__main__"], "__loader__", None)
-    if isinstance(loader, zipimport.zipimporter):
-        # Links stay links, so that an exchange of their targets is an upgrade.
-        return [sys.executable, os.path.abspath(loader.archive)]  # noqa: PTH100
-    return [sys.executable, "-P", "-m", "orchard"]
 
 
 def describe_service(role: str, kind: str, options: argparse.Namespace, rest: Sequence[str]) -> ServiceDefinition:

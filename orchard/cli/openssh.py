@@ -12,12 +12,11 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchard.base.command_line import CommandLine, parse_span
+from orchard.base.command_line import CommandLine, parse_span, running_program
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError, cleaning_up
 from orchard.cli.options import add_context_option
@@ -67,7 +66,7 @@ def _ssh(options: argparse.Namespace) -> int:
     user, password = login_of(options)
     if user.startswith("-"):
         raise CommandError(f'the user name is "{user}", expected no "-" at its start', USAGE)
-    proxy = [*_own_command(), "__tunnel", "--wait", str(options.wait), options.name, str(_SSH_PORT)]
+    proxy = [*running_program(), "__tunnel", "--wait", str(options.wait), options.name, str(_SSH_PORT)]
     if options.context:
         proxy[-2:-2] = ["--context", options.context]
     # ssh has Ctrl-C, too, and decides. An exception here could lose its status.
@@ -85,11 +84,6 @@ def _ssh(options: argparse.Namespace) -> int:
         if options.command:
             words += ["--", *options.command]
         return _status(subprocess.run(words, env=env, check=False).returncode)  # noqa: S603
-
-
-def _own_command() -> list[str]:
-    """Return the command that runs this program."""
-    return [sys.executable, "-P", "-m", "orchard"]
 
 
 def _ssh_options(proxy: list[str]) -> list[str]:
@@ -115,7 +109,7 @@ def _print_ssh_config(options: argparse.Namespace) -> int:
     print(
         f"# For ~/.ssh/config: then `ssh NAME{SSH_DOMAIN}`, scp, rsync, Ansible and editors reach the VM NAME.\n"
         f"Host *{SSH_DOMAIN}\n"
-        f"  ProxyCommand {shlex.join(_own_command())} __tunnel{context} %h %p\n"
+        f"  ProxyCommand {shlex.join(running_program())} __tunnel{context} %h %p\n"
         "  User admin\n"
         "  StrictHostKeyChecking no\n"
         f"  UserKnownHostsFile {os.devnull}\n"
