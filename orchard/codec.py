@@ -1,12 +1,12 @@
 """JSON texts to dataclasses and back. Pure functions; the classes themselves are in schema.py and resources/.
 
 A resource of the API is a frozen dataclass whose fields are declared with `attr`, which holds a field's name in JSON,
-its documentation and its bounds. Three functions read that declaration:
+its documentation and its bounds. These functions read that declaration:
 
 * `decode` and `decode_from_client` make an instance from a parsed JSON object, or raise a ValidationError whose message
   names the field, the value and what is accepted;
-* `encode` makes a JSON object from an instance, without zero values unless the field promises a default;
-* `openapi_schema` makes the class's OpenAPI schema.
+* `openapi_schema` makes the class's OpenAPI schema;
+* `dump_resource` of resources/stored_json.py makes the JSON text of an instance.
 
 `parse_json` is stricter than `json.loads`. It refuses every text that two JSON parsers may read differently (duplicate
 keys, NaN, lone surrogates, UTF-16, very deep nesting), so every other program reads stored data as this one does.
@@ -20,11 +20,10 @@ import difflib
 import functools
 import json
 import math
-import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -70,8 +69,6 @@ _NOT_COUNTED = bytes(set(range(256)) - set(b'",[{'))
 _MAX_SPLIT = 200_000
 
 _CONTAINERS = frozenset([list, dict])
-# The types whose values are the same in JSON.
-_JSON_TYPES = frozenset([str, int, bool, dict])
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 ResourceT = TypeVar("ResourceT")
@@ -580,46 +577,7 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
     raise MalformedError(f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
 
 
-# ---- resources to values --------------------------------------------------------------------------------------------
-
-
-def encode(resource: Any) -> dict[str, Any]:
-    """Return a resource as a JSON object.
-
-    Zero values are left out unless their field promises a default; of an optional field, None is the zero value.
-    """
-    shape, values_of = _shape(typing.cast("Any", type(resource)))
-    out: dict[str, Any] = {}
-    for (name, twin, keeps_zero, is_optional), value in zip(shape, values_of(resource), strict=True):
-        if not value and not keeps_zero and (value is None or not is_optional):
-            continue
-        if type(value) not in _JSON_TYPES:
-            value = _encode_value(value)
-        out[name] = value
-        if twin:
-            out[twin] = value
-    if keeps_unknown(typing.cast("Any", type(resource))):
-        out.update(resource.unknown)
-    return out
-
-
-@functools.cache
-def _shape(cls: type) -> tuple[list[tuple[str, str, bool, bool]], Callable[[Any], tuple[Any, ...]]]:
-    """Return JSON name, twin, "promises a default" and "is optional" of each field, and a getter of all values.
-
-    Every change is encoded, so this is computed once per class (./run bench api).
-    """
-    attrs = attrs_of(cls)
-    values_of = operator.attrgetter(*[field.name for field in attrs])
-    shape = [(field.json, field.twin, field.default is not None, field.is_optional()) for field in attrs]
-    # With one name, attrgetter returns the bare value.
-    return shape, values_of if len(attrs) > 1 else lambda resource: (values_of(resource),)
-
-
-def _encode_value(value: Any) -> Any:
-    if type(value) is tuple:
-        return [item if type(item) is str else encode(item) for item in value]
-    return format_time(value) if type(value) is datetime.datetime else encode(value)
+# ---- values to texts ------------------------------------------------------------------------------------------------
 
 
 def format_time(when: datetime.datetime) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal
 
-from orchard.codec import MAX_ITEMS, attr, attrs_of, encode, unknown_fields
+from orchard.codec import MAX_ITEMS, attr, attrs_of, unknown_fields
 from orchard.resources.cluster import (
     MAX_WEBHOOKS,
     CachedImage,
@@ -419,14 +419,8 @@ class VM:
         """Whether the VM counts against its worker's resources."""
         return bool(self.state.worker) and self.state.status != "failed" and not self.resting
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the VM as the API shows it and as it is stored."""
-        name = self.tart_name
-        derived = {"localName": name, "tartName": name}
-        return {**encode(self.meta), **encode(self.state), **derived, **encode(self.spec)}
-
     def state_members(self) -> list[str]:
-        """Return the first members of the JSON of `to_json`: all but those of the specification."""
+        """Return the first members of the VM's JSON: all but those of the specification."""
         name = encode_basestring(self.tart_name)
         return [*members(self.meta), *members(self.state), f'"localName":{name}', f'"tartName":{name}']
 
@@ -442,7 +436,7 @@ _NOT_STATE = _META_NAMES | SPEC_NAMES | DERIVED_NAMES
 
 
 def vm_from_json(raw: Mapping[str, Any]) -> VM:
-    """Return the VM of a JSON object that `VM.to_json` made. Raises ValidationError."""
+    """Return the VM of a JSON object that `store.encode_object` made. Raises ValidationError."""
     return VM(
         decode_stored(VMMeta, raw, _NOT_META),
         decode_stored(VMSpec, raw, NOT_SPEC),

@@ -35,7 +35,7 @@ from orchard.base.metrics import WORK_SECONDS, Histogram
 from orchard.base.nursery import Wakeup, unwrap_groups
 from orchard.codec import ValidationError
 from orchard.resources.cluster import ClusterIdentity, Promise
-from orchard.resources.stored_json import decode_stored, members, object_of
+from orchard.resources.stored_json import decode_stored, dump_resource, members, object_of
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 from orchard.state.change_log import ChangeLog
 from orchard.state.changes import Change, ChangeFeed, Kind, StoredObject
@@ -476,7 +476,7 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
     `old_json`, where they begin at `spec_at` (0: unknown).
     """
     if not isinstance(new, VM):
-        return object_of(members(new)).encode(), 0
+        return dump_resource(new), 0
     head = object_of(new.state_members()).encode()
     if spec_at and isinstance(old, VM) and old.spec is new.spec:
         spec = old_json[spec_at:]

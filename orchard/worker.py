@@ -51,7 +51,6 @@ from orchard.base.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOC
 from orchard.base.nursery import first_exception, unwrap_groups
 from orchard.base.privileges import PrivilegeError, become_user, is_other_user
 from orchard.client import Client, ClientError, ResponseError
-from orchard.codec import encode
 from orchard.resources.bodies import ControllerInfo
 from orchard.resources.cluster import (
     CANCEL_REQUEST,
@@ -62,6 +61,7 @@ from orchard.resources.cluster import (
     VM_RESTART,
     WORKER_STATE,
 )
+from orchard.resources.stored_json import encode
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
-from harness.strategies import QUICK, any_vm, json_values, resources
+from harness.strategies import QUICK, any_vm, json_values, resources, vm_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,6 @@ from orchard.codec import (
     decode_array_from_client,
     decode_from_client,
     dump_json,
-    encode,
     format_time,
     openapi_schema,
     parse_client_json,
@@ -39,6 +38,7 @@ from orchard.codec import (
     shown,
 )
 from orchard.resources.bodies import ControllerInfo, Problem, VMReport, components
+from orchard.resources.stored_json import encode
 from orchard.schema import (
     ClusterSettings,
     Condition,
@@ -548,7 +548,7 @@ def test_components_are_valid_openapi_and_describe_a_vm() -> None:
     @QUICK
     @given(any_vm())
     def check(vm: Any) -> None:
-        out = parse_json(dump_json(vm.to_json()))
+        out = vm_json(vm)
         validator.validate(out)
         assert out["net-softnet"] == out["netSoftnet"]
         assert out["localName"] == out["tartName"] == vm.tart_name

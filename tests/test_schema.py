@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness.every_field import EVERY_FIELD
 from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm, without_zeros
-from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec
+from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec, vm_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,10 +22,10 @@ from orchard.codec import (
     ValidationError,
     attrs_of,
     dump_json,
-    encode,
     parse_json,
 )
 from orchard.resources.bodies import VMAccessToken, VMReport
+from orchard.resources.stored_json import encode
 from orchard.resources.validation import (
     MAX_PAYLOAD,
     MAX_REPORTED,
@@ -478,7 +478,7 @@ def test_put_zeroes_absent_booleans_and_lists_and_keeps_the_rest() -> None:
 @given(any_vm())
 def test_put_of_an_object_as_go_writes_it_changes_nothing(vm: VM) -> None:
     valid = replace(vm, spec=replace(FULL, headless=vm.spec.headless, cpu=vm.spec.cpu, nested=vm.spec.nested))
-    body = without_zeros(valid.to_json())
+    body = without_zeros(vm_json(valid))
     assert replaced_spec(valid.spec, body, []) == valid.spec
 
 
@@ -492,7 +492,7 @@ def test_put_of_a_go_client_loses_no_field_that_it_does_not_know(transport: Any)
     script = StartupScript("echo", {"A": "b"}, transport)
     vm = VM(VMMeta("vm"), replace(EVERY, runtime="tart", startup_script=script), VMState())
     assert all(getattr(vm.spec, name) for name in NEW_FIELDS)
-    body = go_vm(vm.to_json())
+    body = go_vm(vm_json(vm))
     assert replaced_spec(vm.spec, body, []) == vm.spec
     # Together with a change of what it does know.
     assert replaced_spec(vm.spec, {**body, "cpu": 3}, []) == replace(vm.spec, cpu=3)
@@ -681,7 +681,7 @@ def test_changed_read_only_fields_are_ignored(
 ) -> None:
     read_only = {field.json for part in (VMMeta, VMState) for field in attrs_of(part)}
     assert FORGED.keys() == read_only | {"localName", "tartName"}
-    for body in (vm.to_json(), {**vm.to_json(), **FORGED}, {**without_zeros(vm.to_json()), **FORGED}):
+    for body in (vm_json(vm), {**vm_json(vm), **FORGED}, {**without_zeros(vm_json(vm)), **FORGED}):
         unknown: list[str] = []
         assert change(vm, change_spec(vm.spec, body, unknown)) is vm
         assert unknown == []
@@ -779,7 +779,7 @@ def test_unknown_fields_are_collected_in_create_put_and_patch() -> None:
 @QUICK
 @given(any_vm())
 def test_vm_round_trips_through_json(vm: VM) -> None:
-    assert vm_from_json(parse_json(dump_json(vm.to_json()))) == vm
+    assert vm_from_json(vm_json(vm)) == vm
 
 
 @pytest.mark.slow
@@ -1128,7 +1128,7 @@ def test_invalid_event_is_refused(raw: object, kind: type[ValidationError], word
 def test_report_is_read_from_a_whole_vm() -> None:
     vm = running(pending(labels={"a": "b"}))
     unknown: list[str] = []
-    assert report_from_worker(vm.to_json(), unknown) == VMReport(
+    assert report_from_worker(vm_json(vm), unknown) == VMReport(
         uid="uid-vm", status="running", observed_generation=0, conditions=vm.state.conditions
     )
     assert unknown == []

@@ -21,6 +21,7 @@ from harness.strategies import (
     resting,
     running,
     spec,
+    vm_json,
     worker,
 )
 from hypothesis import given
@@ -637,8 +638,8 @@ def test_ready_is_absent_until_a_worker_has_reported_it_and_where_none_does() ->
 def test_exit_code_is_kept_until_the_next_run() -> None:
     vm = report(ready(), VMReport(conditions=(RUNS,)), LATER)
     assert (vm.state.startup_exit_code, vm.state.startup_ended_at) == (0, BEGAN)
-    assert vm.to_json()["startupExitCode"] == 0
-    assert "startupExitCode" not in restart(fail(vm, "why"), LATER).to_json()
+    assert vm_json(vm)["startupExitCode"] == 0
+    assert "startupExitCode" not in vm_json(restart(fail(vm, "why"), LATER))
 
 
 # ---- restart and drain ----------------------------------------------------------------------------------------------

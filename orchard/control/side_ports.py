@@ -13,7 +13,6 @@ from functools import partial
 import trio
 
 from orchard.api import API
-from orchard.codec import dump_json, encode
 from orchard.handlers.admin import health_answer
 from orchard.handlers.metrics import metrics_answer
 from orchard.net.browsers import BrowserRules
@@ -21,6 +20,7 @@ from orchard.net.connection import Limits, Service
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.net.server import serve
 from orchard.resources.cluster import ControllerHealth
+from orchard.resources.stored_json import dump_resource
 from orchard.store import Store
 
 # Few scrapers and load balancers connect.
@@ -63,7 +63,7 @@ async def serve_health(
         store = find_store()
         if store is not None and store.leads():
             return health_answer(store)
-        return Response(503, dump_json(encode(ControllerHealth("standby", leader=find_leader()))))
+        return Response(503, dump_resource(ControllerHealth("standby", leader=find_leader())))
 
     await nursery.start(partial(serve, Service(answer, _admit), listeners, limits=_LIMITS))
 

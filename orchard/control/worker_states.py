@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping
 
-from orchard.codec import dump_json, encode, format_time
+from orchard.codec import dump_json, format_time
 from orchard.decisions.early_failures import EarlyFailures
 from orchard.decisions.liveness import Liveness
 from orchard.decisions.planning import Load
 from orchard.resources.cluster import VM_RESTART, Health, WorkerState, merge
+from orchard.resources.stored_json import encode
 from orchard.schema import VM, Worker
 
 

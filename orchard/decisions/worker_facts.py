@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from orchard.codec import dump_json, encode
 from orchard.resources.cluster import IMAGE_INVENTORY, ImagePull, WorkerDisk
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import Worker
 
 # The scheduler looks again when the free space in these units has changed.
@@ -32,8 +32,8 @@ class _Facts:
     names: frozenset[str] = frozenset()
 
     def members(self, *, images: bool) -> bytes:
-        disk = b"" if self.disk is None else b'"disk":%b' % dump_json(encode(self.disk))
-        pulling = b"" if self.pulling is None else b'"pulling":%b' % dump_json(encode(self.pulling))
+        disk = b"" if self.disk is None else b'"disk":%b' % dump_resource(self.disk)
+        pulling = b"" if self.pulling is None else b'"pulling":%b' % dump_resource(self.pulling)
         return b",".join(filter(None, (disk, self.versions, pulling, self.images if images else b"")))
 
 
@@ -61,9 +61,9 @@ class WorkerFacts:
         changed = _units(facts.disk) != _units(worker.disk)
         facts.disk, facts.pulling = worker.disk, worker.pulling
         if worker.versions is not None:
-            facts.versions = b'"versions":%b' % dump_json(encode(worker.versions))
+            facts.versions = b'"versions":%b' % dump_resource(worker.versions)
         if worker.images is not None:
-            facts.images = b'"images":%b' % dump_json([encode(image) for image in worker.images])
+            facts.images = b'"images":[%b]' % b",".join(map(dump_resource, worker.images))
             names = frozenset(name for image in worker.images for name in image.names())
             changed = changed or names != facts.names
             self._hold(worker.name, facts, names)

@@ -9,7 +9,6 @@ from functools import partial
 
 from orchard import __version__, auth
 from orchard.api import API
-from orchard.codec import dump_json, encode
 from orchard.handlers.admission import Admitted, named, read_body
 from orchard.handlers.answers import found
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
@@ -24,6 +23,7 @@ from orchard.resources.cluster import (
     WORKER_STATE,
     ControllerHealth,
 )
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import ClusterSettings, ServiceAccount
 from orchard.store import Store, encode_object
 
@@ -72,7 +72,7 @@ def info(api: API, request: Request, admitted: Admitted) -> AnyResponse:
         account=admitted.account,
         roles=api.roles(admitted),
     )
-    return Response(200, dump_json(encode(info)))
+    return Response(200, dump_resource(info))
 
 
 def health(api: API, request: Request, admitted: Admitted) -> AnyResponse:
@@ -82,8 +82,8 @@ def health(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def health_answer(store: Store) -> Response:
     """Return the answer to a health check. A full disk does not cut off reads and reports, so it has status 200."""
     if not store.leads():
-        return Response(503, dump_json(encode(ControllerHealth("standby"))))
-    return Response(200, dump_json(encode(ControllerHealth("leader", "refused" if store.full else "ok"))))
+        return Response(503, dump_resource(ControllerHealth("standby")))
+    return Response(200, dump_resource(ControllerHealth("leader", "refused" if store.full else "ok")))
 
 
 def accept_state(api: API, request: Request, admitted: Admitted) -> AnyResponse:
@@ -97,7 +97,7 @@ def accept_state(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 
 def list_sessions(api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return api.answer_list((dump_json(encode(each)) for each in api.parts.sessions.list_open()), headers=())
+    return api.answer_list((dump_resource(each) for each in api.parts.sessions.list_open()), headers=())
 
 
 def describe(api: API, request: Request, admitted: Admitted) -> AnyResponse:
@@ -126,7 +126,7 @@ def _account_json(api: API, admitted: Admitted, name: str) -> bytes:
     """Return an account's JSON, with its token only for an account that could change it."""
     if api.may(admitted, "admin:write"):
         return api.state.json["account"][name]
-    return dump_json(encode(replace(api.state.accounts[name], token="")))
+    return dump_resource(replace(api.state.accounts[name], token=""))
 
 
 def list_accounts(api: API, request: Request, admitted: Admitted) -> AnyResponse:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from orchard.api import API
 from orchard.base.nursery import visit_in_steps
-from orchard.codec import MAX_UINT, ValidationError, dump_json, encode, shown
+from orchard.codec import MAX_UINT, ValidationError, shown
 from orchard.decisions.planning import Demand, demand_of, matches
 from orchard.decisions.waiting import Survey
 from orchard.handlers import parameters
@@ -17,6 +17,7 @@ from orchard.handlers.parameters import read_choice, read_pairs
 from orchard.net.request import AnyResponse, HTTPError, Query, Request, Response
 from orchard.resources import validation
 from orchard.resources.cluster import Capacity, WorkerCounts, WorkerState
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import VMSpec, Worker
 from orchard.storage.errors import StorageError
 
@@ -46,7 +47,7 @@ async def get_capacity(api: API, request: Request, admitted: Admitted) -> AnyRes
             api.state.workers, _WORKERS_PER_STEP, lambda worker: placement.examine(survey, demand, worker)
         )
     reason = "" if count.fits else placement.why_not(survey).text
-    return Response(200, dump_json(encode(count.capacity(placement.queued(), placement.queued(demand), reason))))
+    return Response(200, dump_resource(count.capacity(placement.queued(), placement.queued(demand), reason)))
 
 
 def _read_shape(query: Query) -> VMSpec:

@@ -8,7 +8,6 @@ from functools import partial
 
 from orchard import auth
 from orchard.api import API
-from orchard.codec import dump_json, encode
 from orchard.decisions.access_tokens import Access
 from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, read_body, subject_of
@@ -19,6 +18,7 @@ from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.resources import validation
 from orchard.resources.bodies import IP, VMAccessToken
+from orchard.resources.stored_json import dump_resource
 from orchard.sessions import SessionSubject
 from orchard.tunnel import WorkerEnd
 
@@ -57,7 +57,7 @@ async def resolve_ip(api: API, request: Request, admitted: Admitted) -> AnyRespo
     wait = read_count(request.query, parameters.WAIT_ADDRESS)
     vm = api.find_vm(admitted)
     address = await api.parts.vm_access.find_address(vm, wait, sender=admitted.sender)
-    return Response(200, dump_json(encode(IP(address))))
+    return Response(200, dump_resource(IP(address)))
 
 
 async def execute(api: API, request: Request, admitted: Admitted) -> AnyResponse:
@@ -78,4 +78,4 @@ def issue_token(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     times = int(now.timestamp()), int(expires.timestamp())
     token = api.parts.tokens.issue(Access(vm.name, vm.uid, admitted.account, *times, str(uuid.uuid4())))
     issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
-    return Response(200, dump_json(encode(issued)))
+    return Response(200, dump_resource(issued))

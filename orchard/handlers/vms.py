@@ -14,7 +14,7 @@ import trio
 from orchard import transitions
 from orchard.api import API, liveness_source
 from orchard.auth import ForbiddenError
-from orchard.codec import dump_json, encode, shown
+from orchard.codec import shown
 from orchard.decisions.goals import Goal, describe_status, is_reached, why_never
 from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, is_old_worker, read_body, refuses_new_values
@@ -26,9 +26,11 @@ from orchard.resources import validation
 from orchard.resources.bodies import BulkDeletion, VMReport
 from orchard.resources.cluster import WORKER_STATE
 from orchard.resources.filters import VMFilter
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import VM, VMSpec, is_allowed
 from orchard.state.changes import Change, send_changes
 from orchard.storage.errors import StorageError
+from orchard.store import encode_object
 
 # Conditions that are tested in one step of the event loop: one to two milliseconds.
 _TESTS_PER_STEP = 5_000
@@ -108,7 +110,7 @@ def _answer_poll(api: API, request: Request, admitted: Admitted, worker: str) ->
     table, vms = api.state.json["vm"], api.state.vms_by_worker.get(worker, {})
     if refuses_new_values(request):
         # An older worker may have taken the name of a newer one, and would refuse VMs with the condition `ready`.
-        return api.answer_list(dump_json(_without_ready(vms[name]).to_json()) for name in sorted(vms))
+        return api.answer_list(encode_object(_without_ready(vms[name])) for name in sorted(vms))
     return api.answer_list(table[name] for name in sorted(vms))
 
 
@@ -159,7 +161,7 @@ async def delete_vms(api: API, request: Request, admitted: Admitted) -> AnyRespo
     is_dry = read_flag(request.query, parameters.DRY_RUN)
     found = await _select(api, wanted)
     deleted = [vm.name for vm in found] if is_dry else await _delete_all(api, admitted, found)
-    return Response(200, dump_json(encode(BulkDeletion(tuple(deleted)))))
+    return Response(200, dump_resource(BulkDeletion(tuple(deleted))))
 
 
 async def _delete_all(api: API, admitted: Admitted, vms: Sequence[VM]) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TypedDict
 
-from orchard.codec import attrs_of, encode
+from orchard.codec import attrs_of
 from orchard.resources.cluster import Webhook
+from orchard.resources.stored_json import encode
 from orchard.schema import (
     OS,
     Arch,

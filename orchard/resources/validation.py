@@ -24,12 +24,12 @@ from orchard.codec import (
     canonical,
     decode_array_from_client,
     decode_from_client,
-    encode,
     shortened,
     shown,
 )
 from orchard.resources.bodies import IssueVMAccessTokenRequest, VMReport
 from orchard.resources.cluster import Webhook, bounded, bounded_images, bounded_pull, bounded_versions
+from orchard.resources.stored_json import encode
 from orchard.schema import (
     ARCHIVE,
     DEFAULT_TTL,

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchard.base.files import write_private
-from orchard.codec import ValidationError, decode, dump_json, encode
+from orchard.codec import ValidationError, decode, dump_json
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import Event
 from orchard.storage import event_file
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageUnavailableError
@@ -201,7 +202,7 @@ class EtcdEventStorage:
         """Append events of one VM, in one transaction. Raises BrokenError."""
         stored = self._of(uid)
         chunks, operations = [], []
-        for first, texts in _chunked([dump_json(encode(event)) for event in events], stored.count):
+        for first, texts in _chunked([dump_resource(event) for event in events], stored.count):
             value = b"".join(text + b"\n" for text in texts)
             chunk = _Chunk(first, len(texts), len(value))
             chunks.append(chunk)

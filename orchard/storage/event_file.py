@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchard.codec import dump_json, encode
+from orchard.codec import dump_json
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import Event
 from orchard.storage.errors import DamagedError
 from orchard.storage.journal import Disk, Journal, line_length
@@ -60,7 +61,7 @@ class EventFile:
     def append(self, events: Sequence[Event]) -> None:
         """Append events, all or none; then all events of the file are durable. Raises NotWrittenError, BrokenError."""
         first, offset = len(self.offsets), self.journal.size
-        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
+        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_resource(event)) for i, event in enumerate(events)]
         try:
             if first == 0:
                 header = dump_json(self._header())

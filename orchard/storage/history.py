@@ -13,7 +13,8 @@ from pathlib import Path
 import trio
 
 from orchard.base.files import HISTORY_FILE
-from orchard.codec import MalformedError, dump_json, encode, parse_time
+from orchard.codec import MalformedError, dump_json, parse_time
+from orchard.resources.stored_json import dump_resource
 from orchard.schema import EndedVM
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords
@@ -74,7 +75,7 @@ class History(BatchedRecords[EndedVM]):
             self._bytes -= len(self._ended.popleft()[1])
 
     def _prepare(self, records: Sequence[EndedVM]) -> list[bytes]:
-        self._prepared = [dump_json(encode(record)) for record in records]
+        self._prepared = [dump_resource(record) for record in records]
         return self._prepared
 
     def _keep(self, records: Sequence[EndedVM]) -> None:

@@ -28,7 +28,6 @@ import trio
 from orchard import __version__
 from orchard.base.nursery import Wakeup
 from orchard.client import Client, ClientError, ConnectError, ResponseError
-from orchard.codec import encode
 from orchard.net.tls import NotTrustedError
 from orchard.resources.cluster import (
     IMAGE_INVENTORY,
@@ -40,6 +39,7 @@ from orchard.resources.cluster import (
     bounded,
     bounded_versions,
 )
+from orchard.resources.stored_json import encode
 from orchard.schema import Worker
 from orchard.vm.driver import Driver, DriverError, Trouble
 from orchard.vm.host import os_version

@@ -10,6 +10,7 @@ The clusters are small and have few different values, because errors show only w
 from __future__ import annotations
 
 import datetime
+import json
 import random
 import types
 import typing
@@ -36,6 +37,7 @@ from orchard.schema import (
     VMState,
     Worker,
 )
+from orchard.store import encode_object
 from orchard.transitions import assign, create, fail, report
 
 T = TypeVar("T")
@@ -102,6 +104,12 @@ def any_vm() -> st.SearchStrategy[VM]:
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def vm_json(vm: VM) -> dict[str, Any]:
+    """Return a VM's JSON as the API shows it and as it is stored."""
+    shown: dict[str, Any] = json.loads(encode_object(vm))
+    return shown
 
 
 def json_values() -> st.SearchStrategy[Any]:

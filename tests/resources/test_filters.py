@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from harness.strategies import QUICK, pending, running, spec, texts
+from harness.strategies import QUICK, pending, running, spec, texts, vm_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,7 +123,7 @@ def conditions(draw: st.DrawFn) -> tuple[str, str, str, bool]:
 
 def value_of(vm: VM, path: str, key: str) -> str | None:
     """Return a value from a VM's JSON, None if it is absent there."""
-    shown = vm.to_json()
+    shown = vm_json(vm)
     if path in ("metadata", "label"):
         found = shown.get({"metadata": "metadata", "label": "labels"}[path], {}).get(key)
     else:

@@ -1,4 +1,4 @@
-"""The short way of resources to JSON and back: it says what the codec says, of every object."""
+"""The fast reading of stored resources says what the codec says, of every object; the parts of a VM are written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from harness.strategies import QUICK, any_vm, json_values, resources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.codec import ValidationError, attrs_of, decode, dump_json, encode
+from orchard.codec import ValidationError, attrs_of, decode
 from orchard.resources import stored_json
 from orchard.resources.cluster import ClusterIdentity, Promise
-from orchard.resources.stored_json import decode_stored, members, object_of
+from orchard.resources.stored_json import decode_stored, encode
 from orchard.schema import VM, ClusterSettings, Event, ServiceAccount, VMMeta, VMSpec, VMState, Worker, vm_from_json
 from orchard.store import encode_object
 
@@ -36,12 +36,11 @@ def outcome(read: Any, cls: type[Any], raw: object, also: frozenset[str]) -> obj
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
-def test_object_is_written_as_by_the_codec_and_read_back(cls: type[Any]) -> None:
+def test_object_that_was_written_is_read_as_by_the_codec(cls: type[Any]) -> None:
     @QUICK
     @given(resources(cls))
     def check(resource: Any) -> None:
         raw = encode(resource)
-        assert object_of(members(resource)).encode() == dump_json(raw)
         assert outcome(decode_stored, cls, raw, frozenset()) == outcome(decode, cls, raw, frozenset())
 
     check()
@@ -82,7 +81,8 @@ def test_object_of_any_form_is_read_or_refused_as_by_the_codec(cls: type[Any]) -
 @given(any_vm(), st.dictionaries(st.text(max_size=4).map("new-{}".format), json_values(), max_size=2))
 def test_vm_is_written_as_its_parts_together(vm: VM, unknown: dict[str, Any]) -> None:
     vm.meta.unknown.update(unknown)  # type: ignore[attr-defined]
-    assert encode_object(vm) == dump_json(vm.to_json())
+    names = {"localName": vm.tart_name, "tartName": vm.tart_name}
+    assert json.loads(encode_object(vm)) == {**encode(vm.meta), **encode(vm.state), **names, **encode(vm.spec)}
 
 
 @pytest.mark.parametrize("raw", [None, 1, "a", [], [{}]])
