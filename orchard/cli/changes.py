@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchard.base.command_line import (
     CommandLine,
-    parse_boolean,
     parse_number,
-    parse_pairs,
     parse_span,
     parse_words,
 )
@@ -22,9 +20,8 @@ from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError, NetworkError
 from orchard.cli.options import add_context_option
 from orchard.cli.session import chosen_context, context_path, open_connection
+from orchard.cli.vm_options import add_update_options
 
-# What an option's value must be for the field to be removed.
-_NONE = "none"
 # Bytes of a file of VMs.
 _MAX_FILE = 64 * 1024 * 1024
 
@@ -35,41 +32,14 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     add_context_option(parser)
 
 
-def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser that returns None for "none", and otherwise what `parse` does."""
-    return lambda text: None if text == _NONE else parse(text)
-
-
 # ---- update ----------------------------------------------------------------------------------------------------------
 
 
 def _declare_update(parser: CommandLine) -> None:
     parser.add_argument("kind", choices=("vm",), metavar="vm")
     parser.add_argument("name", metavar="NAME")
-    # Only the options that are given become part of the patch.
-    add = parser.add_argument_group(
-        "what applies at once; none removes it", argument_default=argparse.SUPPRESS
-    ).add_argument
-    add("--ttl", dest="ttlSeconds", metavar="D", type=_or_none(parse_span), help="delete it this long from now")
-    add("--pending-timeout", dest="pendingTimeoutSeconds", metavar="D", type=_or_none(parse_span))
-    add("--shutdown-timeout", dest="shutdownTimeoutSeconds", metavar="D", type=_or_none(parse_span))
-    add("--priority", metavar="N", type=_or_none(parse_number))
-    add("--metadata", metavar="K=V,..", type=_parse_changes, help="K= removes K")
-    add("--preferred-labels", dest="preferredLabels", metavar="K=V,..", type=_parse_changes, help="K= removes K")
-    boot = parser.add_argument_group("what applies at the next boot, which is made", argument_default=argparse.SUPPRESS)
-    add = boot.add_argument
-    add("--cpu", metavar="N", type=parse_number)
-    add("--memory", metavar="MIB", type=parse_number)
-    add("--disk-size", dest="diskSize", metavar="GB", type=parse_number, help="it can only grow")
-    for name, field in (("headless", ""), ("nested", ""), ("suspendable", ""), ("net-softnet", "netSoftnet")):
-        add(f"--{name}", dest=field or name, metavar="BOOL", type=parse_boolean)
-    add("--net-softnet-allow", dest="netSoftnetAllow", metavar="CIDR,..", type=parse_words)
-    add("--net-softnet-block", dest="netSoftnetBlock", metavar="CIDR,..", type=parse_words)
+    add_update_options(parser)
     parser.set_defaults(run=_update)
-
-
-def _parse_changes(text: str) -> dict[str, str | None]:
-    return {key: value or None for key, value in parse_pairs(text).items()}
 
 
 def _update(options: argparse.Namespace) -> int:

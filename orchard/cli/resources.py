@@ -19,6 +19,7 @@ from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.options import add_context_option, add_filter_option, add_output_option
 from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
 from orchard.cli.session import chosen_context, open_connection, require_capability
+from orchard.cli.vm_options import OPTION_FIELDS
 
 # Between two looks at a worker whose VMs are waited for.
 _POLL_SECONDS = 1.0
@@ -65,6 +66,14 @@ def _dirs(vm: Mapping[str, Any]) -> str:
     return ", ".join(f"{one.get('name')}:{one.get('path')}{':ro' if one.get('ro') else ''}" for one in dirs)
 
 
+# The fields of a specification that are shown with titles, or never. All others are shown by their names in JSON.
+_TITLED = frozenset(
+    {
+        *("image", "imagePullPolicy", "cpu", "memory", "diskSize", "headless", "nested", "hostDirs", "randomSerial"),
+        *("netSoftnet", "netSoftnetAllow", "netSoftnetBlock", "net-bridged", "restart_policy", "resources", "labels"),
+        *("metadata", "password"),
+    }
+)
 _VM = ResourceKind(
     "vm",
     "vms",
@@ -104,6 +113,7 @@ _VM = ResourceKind(
         "Metadata": _text("metadata"),
         "Random serial": _flag("randomSerial"),
         "Host directories": _dirs,
+        **{field: _text(field) for field in ("powerState", *OPTION_FIELDS) if field not in _TITLED},
     },
     cut="Image",
 )

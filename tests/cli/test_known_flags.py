@@ -65,7 +65,7 @@ KNOWN: list[tuple[str, str, Mapping[str, object]]] = [
     ("dev", "-d d --resources a=1 --api-prefix /p --synthetic --workers 2", {"directory": Path("d"), "resources": {"a": 1}, "workers": 2}),
     ("worker", "h --user ci --default-cpu 4", {"user": "ci", "default_cpu": 4}),
     ("dev", "--data-dir d", {"directory": Path("d")}),
-    ("create", "vm n --startup-script @- --host-dirs src:/a:ro,out:/b", {"host_dirs": [{"name": "src", "path": "/a", "ro": True}, {"name": "out", "path": "/b"}]}),
+    ("create", "vm n --startup-script @- --host-dirs src:/a:ro,out:/b", {"hostDirs": [{"name": "src", "path": "/a", "ro": True}, {"name": "out", "path": "/b"}]}),
     ("ssh", "vm n --wait 1h30m -- bash -s", {"wait": 5400, "command": ["bash", "-s"]}),
     ("vnc", "vm n --username u --password p", {"username": "u", "password": "p"}),
     # Without options.
