@@ -6,8 +6,6 @@ A connection reads ahead into one bounded buffer and sends with a deadline, whet
 
 from __future__ import annotations
 
-import email.utils
-import logging
 import string
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -152,12 +150,9 @@ class Service(Generic[AdmittedT]):
 class ServerState:
     """What all connections of a server share."""
 
-    def __init__(
-        self, service: Service[Any], limits: Limits, log: logging.Logger, clock: Callable[[], float], stop: trio.Event
-    ) -> None:
+    def __init__(self, service: Service[Any], limits: Limits, stop: trio.Event) -> None:
         self.service = service
         self.limits = limits
-        self.log = log
         self.stop = stop
         # Connections that wait for a handshake or a request, the one that has waited for longest first. Their cancel
         # scopes can be cancelled to make room.
@@ -168,7 +163,6 @@ class ServerState:
         self.heads, self.bodies = Unfinished(limits.held_bytes // 16), Unfinished(limits.held_bytes)
         self.sends = Sends(limits.send_seconds, limits.held_bytes)
         self.open = 0  # connections
-        self.date = _HTTPDate(clock)
 
     def make_room(self) -> bool:
         """Close a connection if there are too many. Return whether there is room for another one."""
@@ -180,21 +174,6 @@ class ServerState:
         del self.waiting[idle]
         idle.cancel()
         return True
-
-
-class _HTTPDate:
-    """Returns the value of the header Date for now, which is formatted once a second."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._second = -1
-        self._text = ""
-
-    def __call__(self) -> str:
-        now = int(self._clock())
-        if now != self._second:
-            self._second, self._text = now, email.utils.formatdate(now, usegmt=True)
-        return self._text
 
 
 class Connection:

@@ -13,13 +13,16 @@ measured in a bare loop on a busy machine).
 
 from __future__ import annotations
 
+import email.utils
 import http
 import logging
 import re
 import secrets
+import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TypeVar
 
@@ -64,6 +67,8 @@ _CLIENT_GONE = 499
 _ALWAYS = "Server: orchard\r\nX-Content-Type-Options: nosniff\r\n"
 # For an answer whose own headers do not say whether it may be cached.
 _NOT_STORED = "Cache-Control: no-store\r\n"
+# Formatted once a second.
+_http_date = lru_cache(maxsize=1)(partial(email.utils.formatdate, usegmt=True))
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
@@ -72,6 +77,9 @@ _SUCCESSES = range(200, 400)
 # One read from a WebSocket that carries messages.
 _RECEIVE_BYTES = 64 * 1024
 _UPGRADED = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+
+# The request log is the server's.
+_logger = logging.getLogger("orchard.net.server")
 
 ResultT = TypeVar("ResultT")
 
@@ -160,7 +168,7 @@ class Exchange:
         is_read = request is not None and request.method in ("GET", "HEAD") and self._status in _SUCCESSES
         is_minor = is_read or self._routine or self._status == http.HTTPStatus.TOO_MANY_REQUESTS
         level = logging.DEBUG if is_minor else logging.INFO
-        if not self._server.log.isEnabledFor(level):
+        if not _logger.isEnabledFor(level):
             return
         fields = {
             "method": request.method if request is not None else "-",
@@ -170,7 +178,7 @@ class Exchange:
             "account": request.account or "-" if request is not None else "-",
             "peer": self._connection.peer,
         }
-        self._server.log.log(level, "request", extra=fields)
+        _logger.log(level, "request", extra=fields)
 
     # ---- reading
 
@@ -279,9 +287,8 @@ class Exchange:
         Raises ValueError for an illegal header, or one that only the server may set.
         """
         self._keep_alive = self._keep_alive and not self._unread and not self._server.stop.is_set()
-        lines = [
-            f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {self._server.date()}\r\n{_ALWAYS}"
-        ]
+        date = _http_date(int(time.time()))
+        lines = [f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {date}\r\n{_ALWAYS}"]
         for name, value in answer.headers:
             line = f"{name}: {value}\r\n"
             if not _HEADER.fullmatch(line):

@@ -12,8 +12,7 @@ everything ends when the server stops.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -31,22 +30,20 @@ async def serve(
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
     limits: Limits | None = None,
-    log: logging.Logger = _logger,
-    clock: Callable[[], float] = time.time,
     stop: trio.Event | None = None,
     grace: float = 10.0,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer the requests that arrive through `listeners`, until cancelled or until `stop` is set.
 
-    A listener is trio's for sockets, or a `TLSListener`. `clock` returns seconds since 1970, for the header Date.
-    `started()` is called when connections are accepted; the listeners are closed in any case.
+    A listener is trio's for sockets, or a `TLSListener`. `started()` is called when connections are accepted; the
+    listeners are closed in any case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end, and
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
     """
     stop = stop if stop is not None else trio.Event()
-    server = ServerState(service, limits or Limits(), log, clock, stop)
+    server = ServerState(service, limits or Limits(), stop)
     # Ends last.
     async with trio.open_nursery() as watching:
         watching.start_soon(server.sends.close_slow_readers)
@@ -73,7 +70,7 @@ async def serve(
 async def _serve_connection(server: ServerState, stream: trio.abc.Stream) -> None:
     """Answer the requests of a connection; trio.serve_listeners closes the stream afterwards in any case."""
     if not server.make_room():
-        server.log.warning("connection refused: %d are open, and none of them is idle", server.open)
+        _logger.warning("connection refused: %d are open, and none of them is idle", server.open)
         return
     connection = Connection(server, stream)
     exchange: Exchange | None = None
@@ -88,9 +85,9 @@ async def _serve_connection(server: ServerState, stream: trio.abc.Stream) -> Non
             more = await exchange.run()
         await connection.aclose()
     except (Disconnected, trio.BrokenResourceError, trio.ClosedResourceError) as gone:
-        server.log.debug("%s: the connection ended: %r", connection.peer, gone.__cause__ or gone)
+        _logger.debug("%s: the connection ended: %r", connection.peer, gone.__cause__ or gone)
     except Exception:
-        server.log.exception("a request failed")
+        _logger.exception("a request failed")
         if exchange is not None:
             with suppress(Disconnected):
                 await exchange.fail(HTTPError(500, "internal error"))
