@@ -69,6 +69,11 @@ def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
     return home
 
 
+def controller_directory(given: Path | None) -> Path:
+    """Return the data directory of a controller: the given one, or the default. Raises HomeError."""
+    return given or orchard_home("controller") / "controller"
+
+
 def _describe_move(old: Path, home: Path, paths: Sequence[Path]) -> str:
     """Return why `paths` have to be moved from `old` to `home`, and the command."""
     import shlex

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from orchard.auth import BootstrapToken
-from orchard.base.command_line import CommandLine, orchard_home
+from orchard.base.command_line import CommandLine, controller_directory
 from orchard.base.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
+from orchard.cli.failure import CommandError
 from orchard.control.etcd_options import add_access_options, etcd_access, etcd_prefix
 from orchard.control.store_copy import CopyError, copy_store, inspect_etcd, is_etcd
 from orchard.state.fsck import inspect
@@ -51,7 +51,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="write it to a file that only its owner can read, mode 0600"
     )
-    parser.set_defaults(run=print_bootstrap_token)
+    parser.set_defaults(run=_print_bootstrap_token)
 
 
 def _add_store_verbs(parser: CommandLine) -> None:
@@ -66,52 +66,50 @@ def _add_store_verbs(parser: CommandLine) -> None:
             help="data directory, or URLs of etcd such as https://etcd-1:2379,https://etcd-2:2379",
         )
     add_access_options(copy, urls=False)
-    copy.set_defaults(run=partial(copy_everything, copy))
+    copy.set_defaults(run=partial(_copy_store, copy))
 
 
-def copy_everything(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Copy a store, and return the exit status."""
+def _copy_store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     options.etcd = next(filter(is_etcd, (options.source, options.target)), None)
     access = etcd_access(parser, options, os.environ) or EtcdAccess("")
     try:
         print(trio.run(copy_store, options.source, options.target, access, etcd_prefix(options)))
     except CopyError as error:
-        return _fail(str(error))
+        raise CommandError(str(error)) from None
     return 0
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     access = etcd_access(parser, options, os.environ)
     if access is None:
-        return check_data_directory(options)
+        return _check_data_directory(options)
     if options.data_dir is not None:
         parser.error("DATA_DIR and --etcd cannot be combined")
     try:
         print(trio.run(inspect_etcd, access, etcd_prefix(options)))
     except CopyError as error:
-        return _fail(str(error))
+        raise CommandError(str(error)) from None
     return 0
 
 
-def print_bootstrap_token(options: argparse.Namespace) -> int:
-    """Print or write a bootstrap token for the account `options.account`, and return the exit status."""
-    directory = _data_directory(options)
+def _print_bootstrap_token(options: argparse.Namespace) -> int:
+    directory = controller_directory(options.data_dir)
     path = directory / STATE_FILE
     try:
         state = read_state(path)
         certificate = directory / TLS_CERTIFICATE_FILE
         pem = certificate.read_bytes() if certificate.exists() and not options.no_certificate else None
     except OSError as error:
-        return _fail(
+        raise CommandError(
             f"cannot read the controller's data in {directory}: {error.strerror}; see --data-dir, or ask a"
             " controller: orchard get bootstrap-token"
-        )
+        ) from None
     except DamagedError as error:
-        return _fail(str(error))
+        raise CommandError(str(error)) from None
     account = state.accounts.get(options.account)
     if account is None:
         known = ", ".join(sorted(state.accounts)) or "none"
-        return _fail(f'service account "{options.account}" does not exist in {path}, expected one of: {known}')
+        raise CommandError(f'service account "{options.account}" does not exist in {path}, expected one of: {known}')
     token = BootstrapToken(account.name, account.token, pem)
     if options.output is None:
         print(token)
@@ -119,26 +117,18 @@ def print_bootstrap_token(options: argparse.Namespace) -> int:
     try:
         write_private(options.output, f"{token}\n".encode())
     except OSError as error:
-        return _fail(f"cannot write {options.output}: {error.strerror}")
+        raise CommandError(f"cannot write {options.output}: {error.strerror}") from None
     return 0
 
 
-def check_data_directory(options: argparse.Namespace) -> int:
+def _check_data_directory(options: argparse.Namespace) -> int:
     """Print the problems of a data directory, and return the exit status: 1 if there is one."""
-    directory = _data_directory(options)
+    directory = controller_directory(options.data_dir)
     try:
         report = inspect(directory)
     except OSError as error:
-        return _fail(f"cannot read {error.filename}: {error.strerror}; name the data directory of a controller")
+        raise CommandError(
+            f"cannot read {error.filename}: {error.strerror}; name the data directory of a controller"
+        ) from None
     print(*report.problems, *(f"note: {note}" for note in report.notes), f"{directory}: {report.summary()}", sep="\n")
     return 1 if report.problems else 0
-
-
-def _data_directory(options: argparse.Namespace) -> Path:
-    directory: Path = options.data_dir or orchard_home("controller") / "controller"
-    return directory
-
-
-def _fail(message: str) -> int:
-    print(f"orchard: {message}", file=sys.stderr)
-    return 1

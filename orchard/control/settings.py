@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchard import __version__
-from orchard.base.command_line import CommandLine, add_ignored_options, orchard_home, parse_address, parse_seconds
+from orchard.base.command_line import (
+    CommandLine,
+    add_ignored_options,
+    controller_directory,
+    parse_address,
+    parse_seconds,
+)
 from orchard.base.daemon import add_log_options, log_settings
 from orchard.base.logs import LogSettings
 from orchard.control.etcd_options import add_leader_options, etcd_settings
@@ -196,7 +202,7 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, LogS
         print(f"orchard controller: {option} has no effect: {_IGNORED_OPTIONS[option][1]}", file=sys.stderr)
     host, port = options.listen
     settings = ControllerSettings(
-        data_dir=options.data_dir or orchard_home("controller") / "controller",
+        data_dir=controller_directory(options.data_dir),
         host=host,
         port=port,
         prefix=options.api_prefix,
