@@ -12,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -70,7 +70,7 @@ def _exec(options: argparse.Namespace) -> int:
     env = dict(pair.partition("=")[::2] for pair in options.env)
     # One word is a line for the shell, several are a command and its arguments.
     line = options.command[0] if len(options.command) == 1 else shlex.join(options.command)
-    with _raw_terminal() if options.tty else _untouched():
+    with _raw_terminal() if options.tty else nullcontext():
         return run_with_client(options, lambda client: _run_command(client, options, line, env))
 
 
@@ -127,11 +127,6 @@ def _raw_terminal() -> Iterator[None]:
             yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
-
-
-@contextmanager
-def _untouched() -> Iterator[None]:
-    yield
 
 
 # ---- cp --------------------------------------------------------------------------------------------------------------

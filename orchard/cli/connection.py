@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 60.0
 # For a connection to a controller while there is another one to try: two round trips, and a first packet that was lost.
 _CONNECT_SECONDS = 3.0
-_CERTIFICATE_SECONDS = 10.0
 # Of a stream, at once.
 _READ_BYTES = 64 * 1024  # bytes
 # How long a controller may be away, as in orchard.client, and between two tries to reach it.
@@ -294,30 +293,6 @@ def fetch_certificate(url: str) -> bytes:
     with ControllerConnection(Context(url, certificate=b"")) as controller:
         tls: Any = controller.open_socket()
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True)).encode()
-
-
-def describe_certificate(url: str, pem: bytes) -> Mapping[str, Any]:
-    """Return the fields of the certificate that `fetch_certificate` returned, as SSLSocket.getpeercert does.
-
-    Raises CommandError.
-    """
-    import ssl
-
-    from orchard.cli.https import network_errors, open_http
-    from orchard.net.tls import inspecting_context
-
-    server = parsed_urls(url)[0]
-    with network_errors(server.text):
-        connection = open_http(
-            server, pem, _CERTIFICATE_SECONDS, inspecting_context(ssl.PEM_cert_to_DER_cert(pem.decode()))
-        )
-        try:
-            connection.connect()
-            tls: Any = connection.sock
-            shown: Mapping[str, Any] = tls.getpeercert()
-            return shown
-        finally:
-            connection.close()
 
 
 def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:

@@ -21,19 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from orchard.auth import BootstrapToken
-from orchard.base.command_line import CommandLine, orchard_home, parse_address
+from orchard.base.command_line import CommandLine, controller_directory, orchard_home, parse_address
 from orchard.base.files import STATE_FILE, WORKERS_LOCK_FILE
 from orchard.cli import diagnosis
-from orchard.cli.connection import (
-    AnswerError,
-    ControllerConnection,
-    describe_certificate,
-    fetch_certificate,
-    parsed_urls,
-)
+from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, read_contexts
 from orchard.cli.diagnosis import Finding
 from orchard.cli.failure import FAILED, USAGE, CommandError
+from orchard.cli.https import network_errors, open_http
 from orchard.cli.options import add_context_option, add_output_option
 from orchard.cli.output import print_json, printable
 from orchard.cli.session import chosen_context, context_path
@@ -98,7 +93,7 @@ def _examine(role: str, options: argparse.Namespace) -> Iterator[Finding]:
     from orchard.cli import host_checks
 
     if role == "controller":
-        yield from host_checks.examine_controller(options, _data_directory(options))
+        yield from host_checks.examine_controller(options, controller_directory(options.data_dir))
         return
     yield from host_checks.examine_worker(options)
     if options.url or options.token_file or read_contexts(context_path()).by_name:
@@ -121,18 +116,13 @@ def _roles_here(options: argparse.Namespace) -> list[str]:
     """Return the roles that have data on this host. Raises CommandError if there is none."""
     found = {
         "worker": (orchard_home("worker") / WORKERS_LOCK_FILE).exists(),
-        "controller": (_data_directory(options) / STATE_FILE).exists(),
+        "controller": (controller_directory(options.data_dir) / STATE_FILE).exists(),
         "client": bool(read_contexts(context_path()).by_name or os.environ.get("ORCHARD_URL") or options.url),
     }
     roles = [role for role in _ROLES if found[role]]
     if not roles:
         raise CommandError(f"nothing of Orchard is on this host yet; name what it shall be: {', '.join(_ROLES)}", USAGE)
     return roles
-
-
-def _data_directory(options: argparse.Namespace) -> Path:
-    directory: Path = options.data_dir or orchard_home("controller") / "controller"
-    return directory
 
 
 def _worker_context(options: argparse.Namespace) -> Context:
@@ -211,7 +201,7 @@ def _look(url: str, *, is_tls: bool) -> tuple[_Seen, str]:
     try:
         if is_tls:
             seen.pem = fetch_certificate(url)
-            seen.fields = describe_certificate(url, seen.pem)
+            seen.fields = _describe_certificate(url, seen.pem)
         with ControllerConnection(Context(url, b"" if is_tls else None), seconds=_ANSWER_SECONDS) as controller:
             # The head of a refusal has the date, too.
             with suppress(AnswerError):
@@ -222,6 +212,16 @@ def _look(url: str, *, is_tls: bool) -> tuple[_Seen, str]:
     except ssl.SSLError as error:
         return seen, f"the certificate of {url} cannot be read: {error}"
     return seen, ""
+
+
+def _describe_certificate(url: str, pem: bytes) -> Mapping[str, Any]:
+    """Return the fields of a server's certificate, as SSLSocket.getpeercert does. Raises NetworkError, SSLError."""
+    context = tls.inspecting_context(ssl.PEM_cert_to_DER_cert(pem.decode()))
+    with network_errors(url), closing(open_http(parsed_urls(url)[0], pem, _ANSWER_SECONDS, context)) as connection:
+        connection.connect()
+        sock: Any = connection.sock
+        shown: Mapping[str, Any] = sock.getpeercert()
+        return shown
 
 
 def _seconds_ahead(date: str, now: float) -> float | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import errno
 import ipaddress
 import os
 import platform
@@ -18,13 +17,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
+
+import trio
 
 from orchard.base.files import CONTROLLER_LOCK_FILE, TLS_CERTIFICATE_FILE, TLS_KEY_FILE
 from orchard.cli import diagnosis
 from orchard.cli.diagnosis import Finding
-from orchard.net import tls
+from orchard.net import tcp, tls
 from orchard.net.urls import bracketed
 from orchard.schema import Runtime
 from orchard.state.fsck import describe_foreign_data, find_exposures
@@ -206,32 +206,14 @@ def _is_running(directory: Path) -> bool:
 
 
 def listen_error(host: str | None, port: int) -> str:
-    """Return why a TCP address cannot be listened on, or ""."""
+    """Return why a controller cannot listen on a TCP address, or ""."""
+
+    async def listen() -> None:
+        for listener in await tcp.open_listeners(host, port):
+            await listener.aclose()
+
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
-            with suppress(_UnsupportedFamilyError), _probe(family, kind, protocol) as probe:
-                probe.bind(address)
-                probe.listen()
+        trio.run(listen)
     except OSError as error:
         return (error.strerror or str(error)).lower()
     return ""
-
-
-class _UnsupportedFamilyError(Exception):
-    """This system has no addresses of that kind, as one without IPv6."""
-
-
-def _probe(family: int, kind: int, protocol: int) -> socket.socket:
-    """Return a socket as a controller listens on. Raises OSError, _UnsupportedFamilyError."""
-    try:
-        probe = socket.socket(family, kind, protocol)
-    except OSError as error:
-        if error.errno == errno.EAFNOSUPPORT:
-            raise _UnsupportedFamilyError from error
-        raise
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    return probe

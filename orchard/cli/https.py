@@ -10,7 +10,8 @@ import http.client
 import os
 import socket
 import ssl
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from orchard.cli.failure import CommandError, NetworkError
@@ -67,23 +68,17 @@ def _tls(certificate: bytes | None) -> ssl.SSLContext:
     return context
 
 
-class network_errors(AbstractContextManager[None]):  # noqa: N801
-    """Raises NetworkError for what goes wrong between the command and a controller."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | http.client.HTTPException):
-            is_untrusted = isinstance(error, ssl.SSLCertVerificationError)
-            raise NetworkError(
-                f"no answer from {self._url}: {_reason(error)}",
-                is_untrusted=is_untrusted,
-                is_refused=isinstance(error, ConnectionRefusedError),
-            ) from None
+@contextmanager
+def network_errors(url: str) -> Iterator[None]:
+    """Raise NetworkError for what goes wrong between the command and a controller."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise NetworkError(
+            f"no answer from {url}: {_reason(error)}",
+            is_untrusted=isinstance(error, ssl.SSLCertVerificationError),
+            is_refused=isinstance(error, ConnectionRefusedError),
+        ) from None
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:

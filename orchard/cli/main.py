@@ -20,11 +20,6 @@ from orchard import __version__
 from orchard.base.command_line import CommandLine, HomeError, discard_output, suggest
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
 
-# As typing.TYPE_CHECKING, whose import takes a tenth of the start.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from orchard.controller import ControllerSettings, Running
-
 
 class Verb:
     """The file of this folder that has a verb ("" for a role), and what `orchard --help` says of it.
@@ -171,16 +166,13 @@ def _run(words: list[str]) -> int:
     if name in ROLE_VERBS:
         # The existing command has the word "run" before the options.
         options_of_role = rest[1:] if rest[:1] == ["run"] else rest
-        return int(_load(name).main(options_of_role, *([_remember_controller] if name == "controller" else [])))
+        if name == "worker":
+            return int(_load(name).main(options_of_role))
+        from orchard.cli.session import remember_controller
+
+        return int(_load(name).main(options_of_role, remember_controller))
     options = parse_options(make_parser(name), rest)
     return int(options.run(options))
-
-
-def _remember_controller(settings: ControllerSettings, running: Running) -> None:
-    """Store the context of a controller for the user who starts it."""
-    from orchard.cli.session import remember_controller
-
-    remember_controller(settings, running)
 
 
 def make_parser(name: str, part: str = "") -> CommandLine:
