@@ -18,8 +18,9 @@ from harness.processes import GENEROUS, eventually
 
 from orchard.client import Client, ConnectError, ResponseError
 from orchard.schema import TART_VMS, VMSpec
+from orchard.vm import ending
 from orchard.vm.driver import DriverError, LocalVM
-from orchard.work import leftovers, reconciler
+from orchard.work import reconciler
 from orchard.work.heartbeat import FailureLog, HealthLog
 from orchard.work.leftovers import RefusedError
 from orchard.work.memory import ClusterMemory, read_instance_id
@@ -76,7 +77,7 @@ async def test_failing_list_keeps_the_session_and_is_shown(
 async def test_ended_leftover_that_cannot_be_deleted_holds_up_no_vm(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
+    monkeypatch.setattr(ending, "LAST_RETRY_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
     await nursery.start(driver.run, old, VMSpec())

@@ -29,12 +29,12 @@ from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
 from orchard.schema import TART_VMS, VM, Status, VMSpec, Worker
 from orchard.tart import TartDriver
-from orchard.vm import supervisor
+from orchard.vm import ending, supervisor
 from orchard.vm.driver import DriverError, Hardware
 from orchard.vm.instance import SHUT_DOWN, STOPPED
 from orchard.vm.instance_state import Note
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.work import heartbeat, leftovers
+from orchard.work import heartbeat
 from orchard.work import requests as worker_requests
 from orchard.work.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.work.leftovers import RefusedError
@@ -305,7 +305,7 @@ async def left(cluster: InProcessCluster, names: list[str]) -> bool:
 
 
 async def test_removal_of_a_leftover_vm_is_retried(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
+    monkeypatch.setattr(ending, "LAST_RETRY_SECONDS", 0.01)
     driver, failures = cluster.driver(), iter(range(3))
     await driver.clone("image", "orchard-old-uid-0", lambda _: None)
     delete = driver.delete
@@ -323,7 +323,7 @@ async def test_removal_of_a_leftover_vm_is_retried(cluster: InProcessCluster, mo
 async def test_running_leftover_vm_keeps_its_slot_until_it_has_ended(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
+    monkeypatch.setattr(ending, "LAST_RETRY_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
     await nursery.start(driver.run, old, VMSpec())

@@ -29,6 +29,8 @@ ScriptKind = Literal["startup", "shutdown"]
 Trouble = Literal[
     "list", "pull", "prepull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"
 ]
+# Called with an operation, a local name or "", and why the operation has failed, "" if it has succeeded.
+NoteTrouble = Callable[[Trouble, str, str], None]
 # Called with a percentage from 0 to 100 whenever it has changed.
 Progress = Callable[[int], None]
 OnLine = Callable[[str], Awaitable[None]]

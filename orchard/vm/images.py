@@ -23,7 +23,7 @@ import trio
 from orchard.base.nursery import Wakeup, growing_pause
 from orchard.resources.cluster import CachedImage, ImagePull, bounded_images
 from orchard.schema import LOCAL_PREFIX
-from orchard.vm.driver import Driver, DriverError, Progress, Trouble
+from orchard.vm.driver import Driver, DriverError, NoteTrouble, Progress
 
 # Interval of listing without a transfer: other programs use the same cache.
 LIST_SECONDS = 600.0  # seconds
@@ -53,9 +53,7 @@ class ImageCache:
     cannot be pulled, "" when it could.
     """
 
-    def __init__(
-        self, driver: Driver, note_trouble: Callable[[Trouble, str, str], None], changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, driver: Driver, note_trouble: NoteTrouble, changed: Callable[[], None]) -> None:
         self.images: tuple[CachedImage, ...] | None = None
         # The names under which VMs may ask for the images.
         self._names: frozenset[str] = frozenset()

@@ -38,13 +38,14 @@ from orchard.vm.driver import (
     DriverError,
     LocalState,
     LocalVM,
-    NoSuchVM,
+    NoteTrouble,
     NotRunning,
     Script,
     ScriptFailed,
     SupervisorLost,
     Trouble,
 )
+from orchard.vm.ending import delete_with_retries, shut_down, stop_with_retries
 from orchard.vm.host import resolve_dirs
 from orchard.vm.images import Transfer, transfer_alone
 from orchard.vm.instance_state import (
@@ -56,12 +57,9 @@ from orchard.vm.instance_state import (
     shutdown_of,
     startup_of,
 )
-from orchard.vm.shutdown import shut_down
 
 # Limit for stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
-# The first and the longest pause between attempts to stop or delete a VM.
-RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0  # seconds
 # The first and the longest pause between looks for the address of a VM that has none yet.
 _ADDRESS_SECONDS, _LAST_ADDRESS_SECONDS = 1.0, 60.0  # seconds
 # Lines of script output that may wait for delivery. When the queue is full, the script waits.
@@ -88,10 +86,9 @@ class InstanceHost:
 
     `changed` is called when an instance has something new to report, `freed` with its local name when it has ended and
     holds no resource of the host except its disk, and `task_ended` when its task has ended. `send_events` delivers the
-    output of scripts. `note_trouble` is called with an operation, the VM's local name or "", and why the operation
-    failed, "" if it succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the controller does not
-    send them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
-    `worker` is the worker's name. `transfer` is entered while an image is pulled or cloned.
+    output of scripts. `fetch_policies` returns the cluster's hostDirPolicies, None if the controller does not send them.
+    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `worker` is
+    the worker's name. `transfer` is entered while an image is pulled or cloned.
     """
 
     worker: str
@@ -100,7 +97,7 @@ class InstanceHost:
     freed: Callable[[str], None]
     task_ended: Callable[[Instance], None]
     send_events: SendEvents
-    note_trouble: Callable[[Trouble, str, str], None]
+    note_trouble: NoteTrouble
     fetch_policies: Callable[[], Awaitable[Sequence[HostDirPolicy] | None]]
     clock: Callable[[], float]
     outlives: bool = True
@@ -222,10 +219,7 @@ class Instance:
             await self._end()
             while not self._unwanted:
                 await self._news.wait()
-            for failures in itertools.count(1):
-                if await self._delete():
-                    break
-                await trio.sleep(growing_pause(failures, RETRY_SECONDS, LAST_RETRY_SECONDS))
+            await self._delete()
         finally:
             if not self._stays():
                 # Shielded, because the worker's end cancels the task. The deadline keeps the worker's end bounded.
@@ -400,45 +394,17 @@ class Instance:
 
     async def _end(self) -> None:
         """Stop the guest, take the step "over", free its resources, and report a failure."""
-        for failures in itertools.count(1):
-            if not self.state.has_guest:
-                break
-            try:
-                await self._host.driver.stop(self.name)
-                break
-            except (NotRunning, NoSuchVM):
-                break
-            except DriverError as error:
-                _logger.error("cannot stop a VM, retrying", extra={"vm": self.name, "reason": str(error)})
-                self._host.note_trouble("stop", self.name, str(error))
-                await trio.sleep(growing_pause(failures, RETRY_SECONDS, LAST_RETRY_SECONDS))
-        self._host.note_trouble("stop", self.name, "")
+        if self.state.has_guest:
+            await stop_with_retries(self._host.driver, self.name, self._host.note_trouble, "cannot stop a VM, retrying")
         self.state = self.state.after("over")
         self._host.freed(self.name)
         if self.state.reason is not None:
             self._host.changed()
 
-    async def _delete(self) -> bool:
-        """Delete the VM from the host. Return whether that has succeeded."""
-        driver = self._host.driver
-        try:
-            try:
-                await driver.delete(self.name)
-            except NoSuchVM:
-                raise
-            except DriverError:
-                with suppress(NotRunning):
-                    await driver.stop(self.name)
-                await driver.delete(self.name)
-        except NoSuchVM:
-            pass
-        except DriverError as error:
-            _logger.error("cannot delete a VM, retrying", extra={"vm": self.name, "reason": str(error)})
-            self._host.note_trouble("delete", self.name, str(error))
-            return False
-        self._host.note_trouble("delete", self.name, "")
+    async def _delete(self) -> None:
+        """Delete the VM from the host, and take the step "deleted"."""
+        await delete_with_retries(self._host.driver, self.name, self._host.note_trouble, "cannot delete a VM, retrying")
         self.state = self.state.after("deleted")
-        return True
 
     @contextmanager
     def _noting(self, kind: Trouble) -> Iterator[None]:

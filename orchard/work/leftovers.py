@@ -9,7 +9,6 @@ script that an earlier worker has noted.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -17,16 +16,13 @@ from contextlib import suppress
 
 import trio
 
-from orchard.base.nursery import growing_pause
 from orchard.client import Client, ResponseError
 from orchard.schema import LOCAL_PREFIX, Worker
-from orchard.vm.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, Trouble
+from orchard.vm.driver import Driver, LocalVM, NoteTrouble
+from orchard.vm.ending import delete_with_retries, shut_down, stop_with_retries
 from orchard.vm.instance_state import Note
-from orchard.vm.shutdown import shut_down
 
 _LOCAL_NAME = re.compile(LOCAL_PREFIX + r"(.+)-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})")
-# The first and the longest pause between attempts to remove a VM.
-_REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS = 5.0, 300.0
 
 _logger = logging.getLogger("orchard.worker")
 
@@ -52,7 +48,7 @@ class Leftovers:
         description: Worker,
         client: Client,
         driver: Driver,
-        note_trouble: Callable[[Trouble, str, str], None],
+        note_trouble: NoteTrouble,
         freed: Callable[[str], None],
         removed: Callable[[], None],
     ) -> None:
@@ -123,38 +119,18 @@ class Leftovers:
     def remove(self, local: LocalVM, nursery: trio.Nursery) -> None:
         """Stop and delete a VM in a task of the nursery."""
         self._runs[local.name] = local.state == "running"
-        nursery.start_soon(self._keep_removing, local.name)
+        nursery.start_soon(self._remove, local.name)
 
-    async def _keep_removing(self, name: str) -> None:
+    async def _remove(self, name: str) -> None:
         if self._runs[name]:
             note = self._noted(name)
             if note is not None and note.shutdown is not None:
                 await shut_down(self._driver, name, note.shutdown)
-        for failures in itertools.count(1):
-            if await self._try_remove(name):
-                break
-            await trio.sleep(growing_pause(failures, _REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS))
-        del self._runs[name]
+        failure = "cannot remove leftover VM, retrying"
+        await stop_with_retries(self._driver, name, self._note_trouble, failure)
+        self._runs[name] = False
         self._freed(name)
-        self._removed()
-
-    async def _try_remove(self, name: str) -> bool:
-        step: Trouble = "stop"
-        try:
-            with suppress(NotRunning):
-                await self._driver.stop(name)
-            self._runs[name] = False
-            self._freed(name)
-            self._note_trouble("stop", name, "")
-            step = "delete"
-            await self._driver.delete(name)
-        except NoSuchVM:
-            pass
-        except DriverError as error:
-            _logger.error("cannot remove leftover VM, retrying", extra={"vm": name, "reason": str(error)})
-            self._note_trouble(step, name, str(error))
-            return False
-        self._note_trouble("stop", name, "")
-        self._note_trouble("delete", name, "")
+        await delete_with_retries(self._driver, name, self._note_trouble, failure)
+        del self._runs[name]
         _logger.info("removed leftover VM", extra={"vm": name})
-        return True
+        self._removed()

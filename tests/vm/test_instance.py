@@ -399,7 +399,7 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
         await stop(name)
 
     monkeypatch.setattr(host.driver, "stop", stubborn)
-    monkeypatch.setattr("orchard.vm.instance.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("orchard.vm.ending.RETRY_SECONDS", 0.0)
     async with tended(host, assigned_vm()) as instance:
         await until(instance, lambda i: i.state.running)
         states: list[str] = []
@@ -443,7 +443,7 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
         await delete(name)
 
     monkeypatch.setattr(host.driver, "delete", stubborn)
-    monkeypatch.setattr("orchard.vm.instance.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("orchard.vm.ending.RETRY_SECONDS", 0.0)
     instance = host.instance(assigned_vm())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
