@@ -15,8 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -31,18 +30,6 @@ LIST_SECONDS = 600.0  # seconds
 _PULL_AGAIN_SECONDS, _LAST_PULL_SECONDS = 300.0, 6 * 3600.0  # seconds
 
 _logger = logging.getLogger("orchard.vm.images")
-
-
-class Transfer(Protocol):
-    """A context in which a VM's task pulls or clones an image; see `ImageCache.transfer`."""
-
-    def __call__(self, image: str, on_progress: Progress, *, always: bool) -> AbstractAsyncContextManager[Progress]: ...
-
-
-@asynccontextmanager
-async def transfer_alone(image: str, on_progress: Progress, *, always: bool) -> AsyncIterator[Progress]:
-    """Do as `ImageCache.transfer` on a host where nothing is pulled ahead."""
-    yield on_progress
 
 
 class ImageCache:

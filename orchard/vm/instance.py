@@ -47,7 +47,7 @@ from orchard.vm.driver import (
 )
 from orchard.vm.ending import delete_with_retries, shut_down, stop_with_retries
 from orchard.vm.host import resolve_dirs
-from orchard.vm.images import Transfer, transfer_alone
+from orchard.vm.images import ImageCache
 from orchard.vm.instance_state import (
     Note,
     Startup,
@@ -88,7 +88,7 @@ class InstanceHost:
     holds no resource of the host except its disk, and `task_ended` when its task has ended. `send_events` delivers the
     output of scripts. `fetch_policies` returns the cluster's hostDirPolicies, None if the controller does not send them.
     `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `worker` is
-    the worker's name. `transfer` is entered while an image is pulled or cloned.
+    the worker's name.
     """
 
     worker: str
@@ -100,8 +100,8 @@ class InstanceHost:
     note_trouble: NoteTrouble
     fetch_policies: Callable[[], Awaitable[Sequence[HostDirPolicy] | None]]
     clock: Callable[[], float]
-    outlives: bool = True
-    transfer: Transfer = transfer_alone
+    images: ImageCache
+    outlives: bool
 
 
 class Instance:
@@ -288,7 +288,7 @@ class Instance:
         self._show("create", progress=PULLING if pulls else "cloning image")
         # Only a local VM can be suspended, and only an image has a slash in its name.
         sources: Sequence[LocalVM] = []
-        async with self._host.transfer(spec.image, show_progress, always=pulls) as on_progress:
+        async with self._host.images.transfer(spec.image, show_progress, always=pulls) as on_progress:
             if pulls:
                 with self._noting("pull"):
                     await driver.pull(spec.image, on_progress)

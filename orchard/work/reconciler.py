@@ -110,8 +110,8 @@ class Reconciler:
             note_trouble=heartbeats.health.note,
             fetch_policies=self._fetch_policies,
             clock=clock,
+            images=heartbeats.images,
             outlives=not stop_vms_on_exit,
-            transfer=heartbeats.images.transfer,
         )
         self._slots = Slots(worker.resources)
         self._leftovers = Leftovers(worker, client, driver, heartbeats.health.note, self._free, self.sync_due.set)

@@ -18,6 +18,7 @@ from orchard import transitions
 from orchard.resources.validation import patched_spec, vm_from_client
 from orchard.schema import VM, Event, HostDirPolicy, Worker
 from orchard.vm.driver import Driver, LocalState
+from orchard.vm.images import ImageCache
 from orchard.vm.instance import Instance, InstanceHost
 from orchard.vm.synthetic import SyntheticDriver
 
@@ -76,6 +77,7 @@ class Host:
             note_trouble=self.note_trouble,
             fetch_policies=fetch_policies,
             clock=lambda: 1_700_000_000.5,
+            images=ImageCache(self.driver, self.note_trouble, changed),
             outlives=outlives,
         )
         instance = Instance(vm, host, found=found)
