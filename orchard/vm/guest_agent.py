@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 
 import trio
 
@@ -20,13 +19,12 @@ from orchard.vm.driver import DriverError, OnLine, Script
 from orchard.vm.processes import READ_BYTES, kill
 from orchard.vm.script import (
     CONNECT_SECONDS,
+    END_ORDER,
     END_SECONDS,
     WrappedScript,
     attempt,
-    check_end,
     login_command,
     open_pipes,
-    order_end,
 )
 
 # Pauses between attempts; the last one repeats.
@@ -54,12 +52,8 @@ async def run_by_agent(
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             await wait_for_agent()
             process = await open_pipes(shell, environ)
-            transcript, complaint = await attempt(process, wrapped, on_line, patience, end=partial(_end, process))
-            if transcript.exit_code is not None:
-                check_end(script, transcript)
+            if not (complaint := await attempt(process, wrapped, on_line, patience, "the guest agent", end=_end)):
                 return
-            if transcript.began:
-                raise DriverError(f"lost the guest agent while the {script.kind} script ran: {complaint}")
             await trio.sleep(pause)
     raise DriverError(
         f"cannot run the {script.kind} script: no guest agent within {CONNECT_SECONDS:g} seconds: {complaint}"
@@ -68,12 +62,11 @@ async def run_by_agent(
 
 async def _end(process: trio.Process) -> None:
     """End a call of the agent, and reap it: kill its script in the guest, or else the call. Completes when cancelled."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+    assert process.stdio is not None
     with trio.move_on_after(END_SECONDS, shield=True):
         with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
-            await order_end(process)
-            while await process.stdout.receive_some(READ_BYTES):
+            await process.stdio.send_all(END_ORDER)
+            while await process.stdio.receive_some(READ_BYTES):
                 pass
         await process.wait()
     await kill(process)

@@ -102,6 +102,9 @@ _NUMBER = re.compile(r"-?[0-9]{1,18}")
 TIMED_OUT = 124
 # Limit for killing the processes of such a script, over a connection and on a machine that may be slow.
 END_SECONDS = 10.0  # seconds
+# Makes _KILLER end a script.
+END_ORDER = b"end\n"
+ShellStream = trio.StapledStream[trio.abc.SendStream, trio.abc.ReceiveStream]
 # $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. $4: its file. Each
 # round finds what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
 _KILLER = r"""
@@ -351,64 +354,62 @@ def cut(line: bytes) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class WrappedScript:
-    """A script as it is sent. It may take `seconds` from the time when the shell has answered."""
+    """A script, and its text as it is sent."""
 
+    script: Script
     marker: str
     text: str = field(repr=False)
-    seconds: float
 
     @classmethod
     def wrap(cls, script: Script) -> WrappedScript:
         """Raises DriverError for a script that cannot be sent."""
         marker = new_marker()
-        return cls(marker, script_text(script, marker), script.seconds)
+        return cls(script, marker, script_text(script, marker))
+
+    def check_end(self, transcript: Transcript) -> None:
+        """Raise ScriptFailed unless the script has ended with exit status 0."""
+        if transcript.exit_code:
+            limit = self.script.seconds if transcript.timed_out else None
+            raise ScriptFailed(transcript.exit_code, transcript.last_line, kind=self.script.kind, limit=limit)
 
 
 async def converse(
-    process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope | None = None
+    shell: ShellStream, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope | None = None
 ) -> Transcript:
-    """Make the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
+    """Make a shell run a script, and await `on_line(line)` for each line of its output.
 
     Returns when the output has ended, or a second after the script has. Closes the shell's standard input. A script
     that takes too long is killed; its exit code is TIMED_OUT. `patience` is the scope of the caller's deadline for the
     shell to answer: the deadline is lifted before the script is sent. Raises what `on_line` raises.
     """
-    assert process.stdin is not None
-    talk = _Talk(process, script, on_line)
+    talk = _Talk(shell, script, on_line)
     # A broken pipe means that the shell has ended: the other pipes and its exit status tell why.
     with suppress(trio.BrokenResourceError):
-        await process.stdin.send_all(greeting(script.marker).encode())
+        await shell.send_all(greeting(script.marker).encode())
     with trio.CancelScope() as limit:
         await talk.listen(limit, patience)
     if limit.cancelled_caught:
         with trio.move_on_after(END_SECONDS), suppress(trio.BrokenResourceError):
-            await order_end(process)
+            await shell.send_all(END_ORDER)
             await talk.listen()
         talk.transcript.exit_code, talk.transcript.timed_out = TIMED_OUT, True
-    await process.stdin.aclose()
+    await shell.send_stream.aclose()
     return talk.transcript
-
-
-async def order_end(process: trio.Process) -> None:
-    """Request that the script behind `process` is killed in the guest, if it runs. Raises trio.BrokenResourceError."""
-    assert process.stdin is not None
-    await process.stdin.send_all(b"end\n")
 
 
 class _Talk:
     """Sends a script when the shell has answered, and passes on the lines of its output."""
 
-    def __init__(self, process: trio.Process, script: WrappedScript, on_line: OnLine) -> None:
+    def __init__(self, shell: ShellStream, script: WrappedScript, on_line: OnLine) -> None:
         self.transcript = Transcript(script.marker)
-        self._process = process
-        self._script = script
+        self._shell = shell
+        self._seconds = script.script.seconds
         self._unsent = script.text.encode()
         self._on_line = on_line
         self._lines: deque[str] = deque()
 
     async def listen(self, limit: trio.CancelScope | None = None, patience: trio.CancelScope | None = None) -> None:
         """Read until the output has ended. May be cancelled and called again. `limit` gets the script's deadline."""
-        assert self._process.stdout is not None
         transcript = self.transcript
         # Bounds of time and bytes for more output once the script has ended.
         seconds, size = _REST_SECONDS, OUTPUT_BYTES
@@ -416,7 +417,7 @@ class _Talk:
         while size > 0:
             data, asked = b"", trio.current_time()
             with trio.move_on_after(seconds if transcript.exit_code is not None else math.inf):
-                data = bytes(await self._process.stdout.receive_some(READ_BYTES))
+                data = bytes(await self._shell.receive_some(READ_BYTES))
             if not data:
                 break
             if transcript.exit_code is not None:
@@ -428,17 +429,16 @@ class _Talk:
                 if patience is not None:
                     patience.deadline = math.inf
                 if limit is not None:
-                    limit.deadline = trio.current_time() + self._script.seconds
+                    limit.deadline = trio.current_time() + self._seconds
                 await self._send()
             await self._hand_on()
         self._lines += transcript.rest()
         await self._hand_on()
 
     async def _send(self) -> None:
-        assert self._process.stdin is not None
         text, self._unsent = self._unsent, b""
         with suppress(trio.BrokenResourceError):
-            await self._process.stdin.send_all(text)
+            await self._shell.send_all(text)
 
     async def _hand_on(self) -> None:
         while self._lines:
@@ -487,10 +487,10 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     begin or the connection was lost, and what `on_line` raises.
     """
     wrapped = WrappedScript.wrap(script)
-    address = f"{server.host}:{server.port}"
+    login = f"{script.username}@{server.host}:{server.port}"
     if re.search(r"[\0\r\n]", script.username + script.password):
         raise DriverError(
-            f"cannot run the {script.kind} script on {address}: username or password contains a line break or NUL,"
+            f"cannot run the {script.kind} script on {server.host}:{server.port}: username or password contains a line break or NUL,"
             " expected one line of text"
         )
     complaint = "no answer"
@@ -507,22 +507,15 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             with reporting(f"cannot run {program}, the OpenSSH client, on this machine"):
                 process = await open_pipes(command, environ)
-            transcript, complaint = await attempt(process, wrapped, on_line, patience)
-            if transcript.exit_code is not None:
-                check_end(script, transcript)
+            if not (complaint := await attempt(process, wrapped, on_line, patience, login)):
                 return
-            if transcript.began:
-                raise DriverError(f"lost {script.username}@{address} while the {script.kind} script ran: {complaint}")
             if "Permission denied" in complaint:
                 refused_at = min(refused_at, trio.current_time())
                 if trio.current_time() - refused_at >= server.password_seconds:
-                    raise DriverError(
-                        f"cannot run the {script.kind} script: {script.username}@{address} refuses the password: {complaint}"
-                    )
+                    raise DriverError(f"cannot run the {script.kind} script: {login} refuses the password: {complaint}")
             await trio.sleep(pause)
     raise DriverError(
-        f"cannot run the {script.kind} script: no SSH at {script.username}@{address}"
-        f" within {server.connect_seconds:g} seconds: {complaint}"
+        f"cannot run the {script.kind} script: no SSH at {login} within {server.connect_seconds:g} seconds: {complaint}"
     )
 
 
@@ -534,36 +527,26 @@ async def open_pipes(command: Sequence[str], environ: Mapping[str, str]) -> trio
     )
 
 
-def check_end(script: Script, transcript: Transcript) -> None:
-    """Raise ScriptFailed unless the script has ended with exit status 0."""
-    if transcript.exit_code:
-        raise ScriptFailed(
-            transcript.exit_code,
-            transcript.last_line,
-            kind=script.kind,
-            limit=script.seconds if transcript.timed_out else None,
-        )
-
-
 async def attempt(
     process: trio.Process,
     script: WrappedScript,
     on_line: OnLine,
     patience: trio.CancelScope,
+    way: str,
     *,
-    end: Callable[[], Awaitable[None]] | None = None,
-) -> tuple[Transcript, str]:
-    """Run a script by a process that leads to a shell in the guest, and reap it. Return the transcript and its complaint.
+    end: Callable[[trio.Process], Awaitable[None]] = kill,
+) -> str:
+    """Run a script by a process that leads to a shell in the guest, and reap the process by `end`.
 
-    `end` ends and reaps the process; by default it is killed.
+    Return "" if the script has ended with exit status 0, and why it has not begun otherwise. Raises ScriptFailed, and
+    another DriverError, which names the `way` into the guest, if the script's end was not seen.
     """
-    assert process.stdin is not None
-    assert process.stdout is not None
+    assert process.stdio is not None
     assert process.stderr is not None
-    async with process.stdin, process.stdout, process.stderr:
+    said = b""
+    async with process.stdio, process.stderr:
         try:
-            transcript = await converse(process, script, on_line, patience)
-            said = b""
+            transcript = await converse(process.stdio, script, on_line, patience)
             if transcript.exit_code is None:
                 # Time for ssh to say why it ends, and to end.
                 with trio.move_on_after(KILL_SECONDS):
@@ -571,8 +554,14 @@ async def attempt(
                         said += data
                     await process.wait()
         finally:
-            await (kill(process) if end is None else end())
-    return transcript, find_complaint(said) or f"the connection ended with exit status {process.returncode}"
+            await end(process)
+    if transcript.exit_code is not None:
+        script.check_end(transcript)
+        return ""
+    complaint = find_complaint(said) or f"the connection ended with exit status {process.returncode}"
+    if transcript.began:
+        raise DriverError(f"lost {way} while the {script.script.kind} script ran: {complaint}")
+    return complaint
 
 
 def _environ(directory: Path, password: str) -> dict[str, str]:

@@ -63,7 +63,7 @@ from orchard.vm.driver import (
     operand,
 )
 from orchard.vm.processes import KILL_SECONDS, kill, reporting, signal_group
-from orchard.vm.script import WrappedScript, check_end, converse, login_command
+from orchard.vm.script import WrappedScript, converse, login_command
 
 IMAGE_HELP = """\
 Words in the name of an image say how the image behaves with synthetic VMs, for example example.com/pull-5s/boot-fails:1:
@@ -363,13 +363,12 @@ class SyntheticDriver(Driver):
         else:
             # Not reaped before the VM ends: until then its number is the number of its process group.
             guest.shells.append(shell)
-        assert shell.stdin is not None
-        assert shell.stdout is not None
-        async with shell.stdin, shell.stdout:
-            transcript = await converse(shell, wrapped, on_line)
+        assert shell.stdio is not None
+        async with shell.stdio:
+            transcript = await converse(shell.stdio, wrapped, on_line)
         if transcript.exit_code is None:
             raise DriverError(f"the VM ended while its {script.kind} script ran")
-        check_end(script, transcript)
+        wrapped.check_end(transcript)
 
     async def recover(self) -> None:
         # What a killed worker was making or deleting. Processes that a script left are found by `run` and `delete`.
