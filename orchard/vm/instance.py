@@ -177,17 +177,7 @@ class Instance:
 
     def report(self) -> dict[str, Any]:
         """Return the report of this instance for the controller, in its JSON form."""
-        state = self.state
-        return {
-            "uid": self.vm.uid,
-            "restart_count": self.vm.state.restart_count,
-            "status": state.status,
-            "status_message": state.message,
-            "image_fqn": state.image_fqn,
-            "observedGeneration": state.observed or 0,
-            "conditions": state.conditions(),
-            **state.startup_report(),
-        }
+        return {"uid": self.vm.uid, "restart_count": self.vm.state.restart_count, **self.state.report()}
 
     def _show(self, step: Step | None = None, **changes: Any) -> None:
         """Change the state, by a step if one is given, and request a report."""

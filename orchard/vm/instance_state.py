@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from orchard.codec import format_time
 from orchard.schema import SHUTDOWN_TIMEOUT, VM, GuestScript, Status
@@ -60,8 +60,6 @@ TRANSITIONS: Mapping[Phase, Mapping[Step, Phase]] = {
     "ended": {**_ALWAYS},
     "removed": {},
 }
-PHASES: tuple[Phase, ...] = get_args(Phase)
-STEPS: tuple[Step, ...] = get_args(Step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +130,21 @@ class InstanceState:
         has_failed = self.startup is not None and bool(self.startup.failure)
         return self.reached and not has_failed and self.phase in ("adopting", "running")
 
-    def conditions(self) -> list[dict[str, str]]:
-        """Return the conditions as a report has them."""
-        states = {"running": self.running, "ready": self.ready}
-        return [{"type": kind, "state": "true" if state else "false"} for kind, state in states.items()]
-
-    def startup_report(self) -> dict[str, Any]:
-        """Return what a report says about the startup script; nothing before it has ended."""
-        if self.startup is None:
-            return {}
-        code, at = self.startup.exit_code, self.startup.ended_at
-        told: dict[str, Any] = {} if code is None else {"startupExitCode": code}
-        if at is not None:
-            told["startupEndedAt"] = format_time(datetime.datetime.fromtimestamp(at, datetime.UTC))
+    def report(self) -> dict[str, Any]:
+        """Return the report for the controller, in its JSON form. It tells how the startup script has ended, if it has."""
+        conditions = {"running": self.running, "ready": self.ready}
+        told: dict[str, Any] = {
+            "status": self.status,
+            "status_message": self.message,
+            "image_fqn": self.image_fqn,
+            "observedGeneration": self.observed or 0,
+            "conditions": [{"type": kind, "state": "true" if state else "false"} for kind, state in conditions.items()],
+        }
+        if self.startup is not None and self.startup.exit_code is not None:
+            told["startupExitCode"] = self.startup.exit_code
+        if self.startup is not None and self.startup.ended_at is not None:
+            ended_at = datetime.datetime.fromtimestamp(self.startup.ended_at, datetime.UTC)
+            told["startupEndedAt"] = format_time(ended_at)
         return told
 
 

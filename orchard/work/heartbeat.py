@@ -128,11 +128,6 @@ class Lease:
         """The interval of heartbeats with which leases survive the loss of some of them."""
         return min(_HEARTBEAT_SECONDS, _SOFT_SHARE * self._offline_timeout / _HEARTBEATS_PER_LEASE)
 
-    @property
-    def seconds(self) -> float:
-        """The time without contact after which the controller starts VMs elsewhere."""
-        return self._offline_timeout
-
     def begin_session(self, offline_timeout: float, sent: float) -> None:
         """Note the controller's offline timeout (in seconds; 0: it did not tell) and when the registration was sent.
 
