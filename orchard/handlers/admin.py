@@ -25,7 +25,7 @@ from orchard.resources.cluster import (
 )
 from orchard.resources.stored_json import dump_resource
 from orchard.schema import ClusterSettings, ServiceAccount
-from orchard.store import Store, encode_object
+from orchard.store import Store
 
 # The capabilities of the controller. Existing workers choose their protocol by the first two.
 _CAPABILITIES = (
@@ -160,17 +160,13 @@ def delete_account(api: API, request: Request, admitted: Admitted) -> AnyRespons
 
 
 def get_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return _settings(api)
+    settings = api.state.settings
+    # A secret is never shown again.
+    shown = [replace(one, secret="", status=api.parts.webhooks.status(one.url)) for one in settings.webhooks]
+    return Response(200, dump_resource(replace(settings, webhooks=tuple(shown))))
 
 
 def put_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     old = api.state.settings
     api.put(read_body(admitted, partial(validation.replaced_settings, old)), old)
-    return _settings(api)
-
-
-def _settings(api: API) -> Response:
-    settings = api.state.settings
-    # A secret is never shown again.
-    shown = [replace(one, secret="", status=api.parts.webhooks.status(one.url)) for one in settings.webhooks]
-    return Response(200, encode_object(replace(settings, webhooks=tuple(shown))))
+    return get_settings(api, request, admitted)

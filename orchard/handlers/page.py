@@ -57,11 +57,7 @@ def _read(file: str, is_open: bool) -> tuple[bytes, str]:
 
 
 def _send_file(file: str, api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return _send(file, False, request)
-
-
-def _send(file: str, is_open: bool, request: Request) -> AnyResponse:
-    content, tag = _read(file, is_open)
+    content, tag = _read(file, api.parts.gate is None)
     headers = (*_HEADERS, _KEPT if file == _ICON else _CURRENT, ("ETag", tag))
     # A proxy that compresses makes the ETag a weak one.
     known = [one.strip().removeprefix("W/") for one in (request.headers.get("if-none-match") or "").split(",")]
@@ -73,12 +69,8 @@ def _send(file: str, is_open: bool, request: Request) -> AnyResponse:
 def _send_page(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     # The addresses of script and style sheet are relative to the page's.
     if not request.path.endswith("/"):
-        return _redirect("ui/", api, request, admitted)
-    return _send("index.html", api.parts.gate is None, request)
-
-
-def _redirect(target: str, api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return Response(302, headers=(("Location", target),))
+        return Response(302, headers=(("Location", "ui/"),))
+    return _send_file("index.html", api, request, admitted)
 
 
 def _page(path: str, handler: Callable[[API, Request, Admitted], AnyResponse]) -> APIOperation:

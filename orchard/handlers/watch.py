@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from functools import partial
 
 import trio
@@ -17,40 +16,29 @@ from orchard.state.change_log import Selection, Snapshot, WatchedKind, follow, s
 _WORKERS_PER_STEP = 100
 
 
-def watch(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
-    return watch_kinds(api, request, parameters.read_kinds(request.query))
+async def watch(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return await watch_kinds(api, request, parameters.read_kinds(request.query))
 
 
-def watch_kinds(
-    api: API, request: Request, kinds: frozenset[WatchedKind]
-) -> AnyResponse | Awaitable[AnyResponse]:  # fmt: skip
+async def watch_kinds(api: API, request: Request, kinds: frozenset[WatchedKind]) -> AnyResponse:
     """Answer with the objects of some kinds and their changes, or with those after the revision `since` only."""
     selection = _read_selection(request.query, kinds)
     since = parameters.read_text(request.query, parameters.SINCE)
-    silence = _read_silence(api, request.query)
-    if not since:
-        return _watch_present(api, selection, silence)
-    log = api.store.log
-    return Stream(partial(follow, log, log.position_of(since), selection, silence))
+    silence, log = _read_silence(api, request.query), api.store.log
+    if since:
+        return Stream(partial(follow, log, log.position_of(since), selection, silence))
+    return Stream(partial(send_present, log, await take_snapshot(api, selection), selection, silence))
 
 
 def _read_selection(query: Query, kinds: frozenset[WatchedKind]) -> Selection:
-    condition = parameters.read_filter(query)
-    images = parameters.shows_images(query)
-    if condition:
-        return Selection(kinds, str(condition), condition.matches, images=images)
-    return Selection(kinds, images=images)
+    condition, images = parameters.read_filter(query), parameters.shows_images(query)
+    return Selection(kinds, str(condition), condition.matches if condition else None, images=images)
 
 
 def _read_silence(api: API, query: Query) -> float:
     """Return the seconds after which a silent watch sends a BOOKMARK: no more than between two pings."""
     wanted, longest = parameters.read_number(query, parameters.SILENCE), api.parts.rendezvous.ping_interval
     return longest if wanted is None else min(wanted, longest)
-
-
-async def _watch_present(api: API, selection: Selection, silence: float) -> AnyResponse:
-    snapshot = await take_snapshot(api, selection)
-    return Stream(partial(send_present, api.store.log, snapshot, selection, silence))
 
 
 async def take_snapshot(api: API, selection: Selection) -> Snapshot:

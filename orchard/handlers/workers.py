@@ -127,13 +127,10 @@ def _notice_restored(api: API, revision: int) -> None:
         api.put(replace(cluster, restored_from=revision), cluster)
 
 
-def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+async def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     if read_flag(request.query, parameters.WATCH):
-        return watch_kinds(api, request, frozenset({"worker"}))
-    return _list_workers(api, images=parameters.shows_images(request.query))
-
-
-async def _list_workers(api: API, *, images: bool) -> AnyResponse:
+        return await watch_kinds(api, request, frozenset({"worker"}))
+    images = parameters.shows_images(request.query)
     snapshot = await take_snapshot(api, Selection(frozenset({"worker"}), images=images))
     return api.answer_list(map(b"".join, snapshot.workers))
 
