@@ -358,7 +358,7 @@ class _Position(NamedTuple):
     is_secret: bool = False
 
     def below(self, step: str) -> _Position:
-        return _Position(self.path + step, self.unknown, self.refusal, self.maximum, self.most, self.is_secret)
+        return self._replace(path=self.path + step)
 
     def shown(self, value: object) -> str:
         return _TYPE_NAMES[type(value)] if self.is_secret else shown(value)

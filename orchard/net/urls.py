@@ -109,7 +109,7 @@ def reachable_host(host: str) -> str:
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         return "[::1]" if address.version == 6 else "127.0.0.1"
-    return f"[{address}]" if address.version == 6 else str(address)
+    return bracketed(str(address))
 
 
 def find_proxy(is_tls: bool, host: str, environ: Mapping[str, str]) -> Proxy | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from orchard.codec import attr, unknown_fields
+from orchard.codec import attr, shortened, unknown_fields
 
 # Limits of one worker's report. A report is cut, because a refused heartbeat would end the worker's session.
 MAX_PROBLEMS = 20
@@ -206,5 +206,4 @@ def merge(*parts: Iterable[HealthProblem]) -> Health:
 
 
 def _one_line(text: str, limit: int) -> str:
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit]).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+    return shortened(" ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split()), limit)

@@ -157,19 +157,18 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     spec = decode_from_client(VMSpec, raw, unknown, base=base, also=NOT_SPEC)
     if (spec.audio, spec.clipboard) != (old.audio, old.clipboard):
         spec = replace(spec, audio=old.audio, clipboard=old.clipboard)
-    if spec.startup_script is not None and spec.startup_script != old.startup_script:
-        spec = replace(
-            spec, startup_script=_with_transport(spec.startup_script, old.startup_script, unnamed_is_old=True)
-        )
+    spec = _with_transport(spec, old.startup_script, unnamed_is_old=True)
     return _complete(spec, _softnet(raw, old.net_softnet))
 
 
-def _with_transport(new: StartupScript, old: StartupScript | None, *, unnamed_is_old: bool) -> StartupScript:
-    """Return a script with the old one's transport if it means the same, or if the new one names none and may do so."""
-    is_same = old is not None and {new.transport, old.transport} <= _OVER_SSH
-    if old is not None and (is_same or (unnamed_is_old and not new.transport)):
-        return replace(new, transport=old.transport)
-    return new
+def _with_transport(spec: VMSpec, old: StartupScript | None, *, unnamed_is_old: bool) -> VMSpec:
+    """Return a VM whose script has the old one's transport if it means the same, or if none is named and that may be so."""
+    new = spec.startup_script
+    if new is None or old is None or new.transport == old.transport:
+        return spec
+    if {new.transport, old.transport} <= _OVER_SSH or (unnamed_is_old and not new.transport):
+        return replace(spec, startup_script=replace(new, transport=old.transport))
+    return spec
 
 
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
@@ -185,10 +184,7 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     # An empty text of a closed set counts as absent.
     wanted = {name: value for name, value in patch.items() if name not in NOT_SPEC and (value != "" or name in _TEXTS)}
     spec = decode_from_client(VMSpec, _merge(target, wanted), unknown, also=NOT_SPEC)
-    if spec.startup_script is not None and spec.startup_script != old.startup_script:
-        spec = replace(
-            spec, startup_script=_with_transport(spec.startup_script, old.startup_script, unnamed_is_old=False)
-        )
+    spec = _with_transport(spec, old.startup_script, unnamed_is_old=False)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
     return _complete(spec, softnet)
 
