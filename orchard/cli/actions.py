@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from orchard.base.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources, parse_span
 from orchard.cli.connection import ANSWER_SECONDS, AnswerError, Outage, path_of
 from orchard.cli.failure import OVERDUE, CommandError, NetworkError
-from orchard.cli.options import add_context_option, add_output_option
+from orchard.cli.options import add_context_option, add_output_option, add_resource_arguments, add_wait_option
 from orchard.cli.output import format_age, format_json_value, print_items, print_json, print_pairs, print_table
 from orchard.cli.session import open_connection, require_capability
 
@@ -29,13 +29,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parser.set_defaults(verb=verb)
 
 
-def _declare_vm(parser: CommandLine) -> None:
-    parser.add_argument("kind", choices=("vm",), metavar="vm")
-    parser.add_argument("name", metavar="NAME")
-
-
 def _declare_power(parser: CommandLine) -> None:
-    _declare_vm(parser)
+    add_resource_arguments(parser, "vm")
     parser.set_defaults(run=_set_power)
 
 
@@ -47,7 +42,7 @@ def _set_power(options: argparse.Namespace) -> int:
 
 
 def _declare_restart(parser: CommandLine) -> None:
-    _declare_vm(parser)
+    add_resource_arguments(parser, "vm")
     parser.set_defaults(run=_restart)
 
 
@@ -59,7 +54,7 @@ def _restart(options: argparse.Namespace) -> int:
 
 
 def _declare_wait(parser: CommandLine) -> None:
-    _declare_vm(parser)
+    add_resource_arguments(parser, "vm")
     parser.add_argument("--for", dest="state", choices=_WAITING, default="ready", help="default: %(default)s")
     parser.add_argument("--timeout", metavar="D", type=parse_duration, help="give up, with exit status 124")
     parser.set_defaults(run=_wait)
@@ -90,8 +85,8 @@ def _wait(options: argparse.Namespace) -> int:
 
 
 def _declare_ip(parser: CommandLine) -> None:
-    _declare_vm(parser)
-    parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
+    add_resource_arguments(parser, "vm")
+    add_wait_option(parser, "-t")
     parser.set_defaults(run=_print_ip)
 
 
@@ -102,8 +97,7 @@ def _print_ip(options: argparse.Namespace) -> int:
 
 
 def _declare_drain(parser: CommandLine) -> None:
-    parser.add_argument("kind", choices=("worker",), metavar="worker")
-    parser.add_argument("name", metavar="NAME")
+    add_resource_arguments(parser, "worker")
     parser.add_argument(
         "--deadline", metavar="D", type=parse_span, default=0, help="after this time its VMs are ended; default: never"
     )

@@ -18,7 +18,7 @@ from orchard.base.command_line import (
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError, NetworkError
-from orchard.cli.options import add_context_option
+from orchard.cli.options import add_context_option, add_resource_arguments
 from orchard.cli.session import chosen_context, context_path, open_connection
 from orchard.cli.vm_options import add_update_options
 
@@ -36,8 +36,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 
 
 def _declare_update(parser: CommandLine) -> None:
-    parser.add_argument("kind", choices=("vm",), metavar="vm")
-    parser.add_argument("name", metavar="NAME")
+    add_resource_arguments(parser, "vm")
     add_update_options(parser)
     parser.set_defaults(run=_update)
 

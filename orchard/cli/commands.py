@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 import trio
 
-from orchard.base.command_line import CommandLine, parse_span
+from orchard.base.command_line import CommandLine
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
-from orchard.cli.options import add_context_option
+from orchard.cli.options import add_context_option, add_resource_arguments, add_wait_option
 from orchard.cli.output import terminal_size
 from orchard.cli.pipe import send_input, write_all
 from orchard.cli.tunnels import run_with_client
@@ -42,8 +42,7 @@ mv "$new/$2" "$1"
 def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `exec` or `cp`."""
     if verb == "exec":
-        parser.add_argument("kind", choices=("vm",), metavar="vm")
-        parser.add_argument("name", metavar="NAME")
+        add_resource_arguments(parser, "vm")
         parser.add_argument("-i", "--stdin", action="store_true", help="send standard input to the command")
         parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
         parser.add_argument("-e", "--env", metavar="NAME=VALUE", action="append", default=[], help="repeatable")
@@ -55,7 +54,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("source", metavar="SOURCE", help="a local path, or NAME:PATH in a VM")
         parser.add_argument("target", metavar="TARGET", help="the other of the two")
         parser.set_defaults(run=_copy)
-    parser.add_argument("--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
+    add_wait_option(parser)
     add_context_option(parser)
 
 

@@ -14,7 +14,7 @@ from orchard.base.command_line import (
 )
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
-from orchard.cli.options import add_context_option, add_output_option
+from orchard.cli.options import add_context_option, add_output_option, add_resource_arguments
 from orchard.cli.output import print_json
 from orchard.cli.session import open_connection, require_capability
 from orchard.cli.vm_options import add_create_options, given_fields
@@ -36,8 +36,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     account.add_argument("--token", default="", help="its token; default: a random one, which is printed")
     account.set_defaults(run=_create_account)
     token = kinds.add_parser("token", help="issue an access token for one VM, and print it")
-    token.add_argument("kind", choices=("vm",))
-    token.add_argument("name", metavar="NAME")
+    add_resource_arguments(token, "vm")
     token.add_argument("--ttl", metavar="D", type=parse_duration, help="for how long, for example 8h; default: 24h")
     add_output_option(token, "token", "json")
     token.set_defaults(run=_create_token)

@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchard.base.command_line import CommandLine, parse_span, running_program
+from orchard.base.command_line import CommandLine, running_program
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError, cleaning_up
-from orchard.cli.options import add_context_option
+from orchard.cli.options import add_context_option, add_resource_arguments, add_wait_option
 from orchard.cli.session import open_connection
 
 _SSH_PORT = 22
@@ -34,10 +34,9 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     if verb == "ssh-config":
         parser.set_defaults(run=_print_ssh_config)
     else:
-        parser.add_argument("kind", choices=("vm",), metavar="vm")
-        parser.add_argument("name", metavar="NAME")
+        add_resource_arguments(parser, "vm")
         add_login_options(parser)
-        parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
+        add_wait_option(parser, "-t")
         parser.add_argument(
             "command", metavar="COMMAND", nargs="*", help="default: a login shell; options of it after --"
         )

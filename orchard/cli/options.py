@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from orchard.base.command_line import CommandLine
+from orchard.base.command_line import CommandLine, parse_span
+
+
+def add_resource_arguments(parser: argparse.ArgumentParser, *kinds: str) -> None:
+    """Declare a resource of one of these kinds and its name, such as `vm NAME`."""
+    parser.add_argument("kind", choices=kinds, metavar="|".join(kinds))
+    parser.add_argument("name", metavar="NAME")
+
+
+def add_wait_option(parser: CommandLine, *short: str) -> None:
+    """Declare how long a VM that does not run yet is waited for."""
+    parser.add_argument(*short, "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
 
 
 def add_context_option(parser: CommandLine) -> None:

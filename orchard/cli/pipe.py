@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from orchard.base.command_line import CommandLine, parse_port, parse_span
+from orchard.base.command_line import CommandLine, parse_port
 from orchard.base.nursery import unwrap_groups
 from orchard.cli.connection import ANSWER_SECONDS, path_of
 from orchard.cli.failure import CommandError
 from orchard.cli.openssh import SSH_DOMAIN
-from orchard.cli.options import add_context_option
+from orchard.cli.options import add_context_option, add_wait_option
 from orchard.cli.session import chosen_context
 from orchard.net.tcp import describe_network_error
 from orchard.net.transport import ClientError, Transport
@@ -32,7 +32,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `__tunnel`."""
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("port", metavar="PORT", type=parse_port)
-    parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_span, default=60)
+    add_wait_option(parser, "-t")
     add_context_option(parser)
     parser.set_defaults(run=_pipe)
 

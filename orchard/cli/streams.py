@@ -11,7 +11,7 @@ from typing import Any
 from orchard.base.command_line import CommandLine, parse_count, parse_duration
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.failure import end_with_reader
-from orchard.cli.options import add_context_option, add_filter_option, add_output_option
+from orchard.cli.options import add_context_option, add_filter_option, add_output_option, add_resource_arguments
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
 from orchard.cli.session import open_connection, require_capability
 
@@ -29,8 +29,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         add_output_option(parser, "table", "json")
         parser.set_defaults(run=_watch)
     else:
-        parser.add_argument("kind", choices=("vm",), metavar="vm")
-        parser.add_argument("name", metavar="NAME")
+        add_resource_arguments(parser, "vm")
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the VM ends")
         parser.add_argument(
             "--since", metavar="D", type=parse_duration, help="only what is not older than this, for example 5m"

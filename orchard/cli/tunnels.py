@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import trio
 
-from orchard.base.command_line import CommandLine, parse_span
+from orchard.base.command_line import CommandLine
 from orchard.cli.openssh import add_login_options, login_of
-from orchard.cli.options import add_context_option
+from orchard.cli.options import add_context_option, add_resource_arguments, add_wait_option
 from orchard.cli.pipe import run_trio
 from orchard.cli.session import chosen_context
 from orchard.client import Client, ClientError, ResponseError
@@ -28,20 +28,16 @@ _VNC_PORT = 5900
 
 def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of one of these verbs."""
+    add_resource_arguments(parser, "vm", "worker")
     if verb == "port-forward":
-        parser.add_argument("kind", choices=("vm", "worker"))
-        parser.add_argument("name", metavar="NAME")
         parser.add_argument(
             "ports", metavar="[LOCAL]:REMOTE", type=parse_ports, help="LOCAL is a free port if it is left out"
         )
         parser.set_defaults(run=_forward)
     else:
-        parser.add_argument("kind", choices=("vm", "worker"), metavar="vm")
-        parser.add_argument("name", metavar="NAME")
         add_login_options(parser)
         parser.set_defaults(run=_open_vnc)
-    short = "-w" if verb == "vnc" else "-t"
-    parser.add_argument(short, "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
+    add_wait_option(parser, "-w" if verb == "vnc" else "-t")
     add_context_option(parser)
 
 

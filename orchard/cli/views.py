@@ -11,7 +11,7 @@ from typing import Any
 
 from orchard.base.command_line import CommandLine
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
-from orchard.cli.options import add_context_option, add_output_option
+from orchard.cli.options import add_context_option, add_output_option, add_resource_arguments
 from orchard.cli.output import (
     format_age,
     format_clock,
@@ -57,8 +57,7 @@ Object = Mapping[str, Any]
 def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `status`, `top` or `describe`."""
     if verb == "describe":
-        parser.add_argument("kind", choices=("vm", "worker"))
-        parser.add_argument("name", metavar="NAME")
+        add_resource_arguments(parser, "vm", "worker")
         parser.set_defaults(run=_describe)
     else:
         parser.set_defaults(run=_top if verb == "top" else _status)
