@@ -30,6 +30,7 @@ from harness.documents import (
 from harness.machines import machines, need_machines
 from harness.prepared_pages import CLUSTERS, EARLIER, MACHINES
 from harness.processes import call_main
+from harness.user_api import OPERATIONS as USERS_OPERATIONS
 from test_layers import LAYERS
 
 from orchard.cli import main as command
@@ -390,6 +391,19 @@ async def test_each_capability_of_the_controller_and_no_other_is_described() -> 
     async with cluster(workers=0) as c:
         listed = set((await c.client.info()).capabilities) - {"rpc-v2", "vm-state-endpoint"}
     assert set(re.findall(r"\[`([a-z-]+)`\](?!\()", API.read_text())) == listed
+
+
+def test_each_verb_is_in_a_page() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    assert [verb for verb in VERBS if VERBS[verb].help and not re.search(rf"(`|orchard ){verb}\b", pages)] == []
+
+
+def test_each_operation_beside_the_users_api_is_in_a_page() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    paths = {each.path for each in OPERATIONS if f"{each.method} {each.path}" not in USERS_OPERATIONS}
+    # The protocol of workers.
+    paths = {path for path in paths if not path.startswith("/rpc/")} - {"/vms/{name}/state"}
+    assert [path for path in paths if not re.search(path.replace("{name}", r"[^/`\s\"]+") + r"(?![\w/])", pages)] == []
 
 
 @pytest.mark.parametrize("name", [*LIVE_FIELDS, *SETTINGS])

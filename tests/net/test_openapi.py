@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,12 @@ def test_every_operation_is_in_the_document_once() -> None:
     paths = describe_api("/v1")["paths"]
     described = [(path, method.upper()) for path, item in paths.items() for method in item if method != "parameters"]
     assert sorted(described) == sorted((op.path, op.method) for op in OPERATIONS)
+
+
+def test_every_schema_that_the_document_refers_to_is_in_it() -> None:
+    made = describe_api("/v1")
+    used = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(made)))
+    assert used == made["components"]["schemas"].keys()
 
 
 def test_roles_and_security_are_described() -> None:
