@@ -50,7 +50,7 @@ _MAX_DIGITS = 20
 
 _HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = re.compile(
-    rf"([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})[Tt]({_HOUR}):([0-5][0-9]|60)(?:\.([0-9]{{1,9}}))?([Zz]|[+-]{_HOUR})"
+    rf"([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}[Tt]{_HOUR}:)([0-5][0-9]|60)((?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{_HOUR}))"
 )
 # The zero value of a Go client's time.
 _NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
@@ -564,12 +564,10 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
     """
     match = _TIME.fullmatch(text)
     if match is not None:
-        day, minute, second, fraction, zone = match.groups()
-        # A leap second.
-        second = "59" if second == "60" else second
-        micros = (fraction or "0").ljust(6, "0")[:6]
+        # A leap second becomes the second before it.
+        known = text if match[2] != "60" else f"{match[1]}59{match[3]}"
         try:
-            local = datetime.datetime.fromisoformat(f"{day}T{minute}:{second}.{micros}{zone.upper()}")
+            local = datetime.datetime.fromisoformat(known.upper())
             when = local if local.tzinfo is datetime.UTC else local.astimezone(datetime.UTC)
             return None if when == _NO_TIME else when
         except (ValueError, OverflowError):
