@@ -45,28 +45,21 @@ class _UnusualError(MalformedError):
 def decode_stored(cls: type[ResourceT], raw: Any, also: frozenset[str] = frozenset()) -> ResourceT:
     """Do what `codec.decode` does. `also` are names of fields that belong to others. Raises ValidationError."""
     try:
-        found: ResourceT = _read(cls, raw, also)
+        found: ResourceT = _reader(typing.cast("Any", cls), also)(raw)
     except ValidationError:
         return decode(cls, raw, also)
     return found
 
 
-def _read(cls: Any, raw: Any, also: frozenset[str] = frozenset()) -> Any:
-    if type(raw) is not dict or not _names(cls, also).issuperset(raw):
-        raise _UnusualError
-    return _reader(cls)(raw)
-
-
 @functools.cache
-def _names(cls: type, also: frozenset[str]) -> frozenset[str]:
-    return json_names(cls) | also
-
-
-@functools.cache
-def _reader(cls: Any) -> Callable[[dict[str, Any]], Any]:
-    """Return the function that makes an instance of a JSON object which has no unknown names."""
-    names: dict[str, Any] = {"cls": cls, "UnusualError": _UnusualError}
-    lines = ["def read(raw):", " get = raw.get"]
+def _reader(cls: Any, also: frozenset[str]) -> Callable[[Any], Any]:
+    """Return the function that makes an instance of a JSON object. It raises ValidationError."""
+    names: dict[str, Any] = {"cls": cls, "known": json_names(cls) | also, "UnusualError": _UnusualError}
+    lines = [
+        "def read(raw):",
+        " if type(raw) is not dict or not known.issuperset(raw): raise UnusualError",
+        " get = raw.get",
+    ]
     zeros = {field.name: field for field in fields(cls)}
     for number, attr in enumerate(attrs_of(cls)):
         value, names[f"zero{number}"] = f"value{number}", zeros[attr.name].default
@@ -106,7 +99,7 @@ def _reader_of(hint: Any, maximum: int) -> Callable[[Any], Any]:
         return lambda value: {key: read(item) for key, item in _expect(dict, value).items()}
     if hint in (str, bool, int) or origin is Literal:
         return functools.partial(_read_plain, str if origin is Literal else hint, arguments, maximum)
-    return functools.partial(_read, hint)
+    return _reader(hint, frozenset())
 
 
 def _read_plain(kind: Any, options: tuple[str, ...], maximum: int, value: Any) -> Any:
