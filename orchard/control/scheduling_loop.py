@@ -239,7 +239,8 @@ class SchedulingLoop:
             elif isinstance(change.new, ClusterSettings):
                 for name in self._store.state.workers:
                     self.planner.check_worker(name)
-            elif isinstance(change.new, ClusterIdentity):
+            # The first identity, of a new state, changes nothing for a VM.
+            elif isinstance(change.new, ClusterIdentity) and change.old is not None:
                 self._restored.follow(change.new)
                 self._rebuild_planner()
             elif isinstance(change.old, VM) and change.new is None:

@@ -312,7 +312,8 @@ def renew_promises(store: Store, offline_timeout: float) -> None:
 
     It is unknown what workers of an earlier version were promised: at least the default counts.
     """
-    with store.transaction() as tx:
+    # A start must store the lease that it promises to workers, also on a full disk.
+    with store.transaction(is_needed=True) as tx:
         for worker in store.state.workers.values():
             promised = max(math.ceil(1000 * offline_timeout), worker.promised or round(1000 * DEFAULT_OFFLINE_TIMEOUT))
             if promised != worker.promised:

@@ -67,9 +67,6 @@ class Change:
         """Whether the change adds something: not for deletions and for what only the system writes."""
         if isinstance(self.old, VM) and isinstance(self.new, VM):
             return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
-        if isinstance(self.old, Worker) and isinstance(self.new, Worker):
-            # A start must store the lease that it promises to workers, also while nothing may be added.
-            return replace(self.old, promised=self.new.promised) != self.new
         if isinstance(self.old, ServiceAccount) and isinstance(self.new, ServiceAccount):
             # An account's rights can be revoked also while nothing may be added.
             return replace(self.old, token=self.new.token, roles=self.new.roles) != self.new

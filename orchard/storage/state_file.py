@@ -315,8 +315,9 @@ def _check_header(path: Path, line: Mapping[str, Any]) -> None:
 def _take_batch(contents: FileContents, offset: int, text: bytes) -> None:
     one = _ONE_PUT.fullmatch(text)
     if one is not None and not _NEXT_RECORD.search(one[6]):
-        _advance(contents, offset, int(one[1]) + 1, int(one[2]), None if one[3] is None else one[3].decode())
-        contents.objects[one[4].decode(), one[5].decode()] = (offset, one[6])
+        after, revision, time, kind, name, json = one.groups()
+        _advance(contents, offset, int(after) + 1, int(revision), None if time is None else time.decode())
+        contents.objects[kind.decode(), name.decode()] = (offset, json)
         return
     line = parse_text(text)
     # A line without "after" has one transaction.
