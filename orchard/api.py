@@ -30,10 +30,10 @@ from orchard.control.webhooks import Webhooks
 from orchard.control.worker_states import WorkerStates
 from orchard.decisions.access_tokens import Access, AccessTokens
 from orchard.decisions.gate import Gate, named_account
-from orchard.decisions.liveness import Liveness, Source
+from orchard.decisions.liveness import Liveness
 from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, APIOperation, refuse_unknown, subject_of
-from orchard.handlers.answers import PRODUCT_ERRORS, HeaderPairs, found, http_error, not_leading
+from orchard.handlers.answers import PRODUCT_ERRORS, HeaderPairs, found, http_error, not_leading, vm_is_gone
 from orchard.handlers.parameters import read_choice
 from orchard.net.browsers import BrowserRules, without_challenge
 from orchard.net.request import (
@@ -69,9 +69,6 @@ _LARGE = 16 * 1024
 
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
 ReadT = TypeVar("ReadT")
-
-
-# ---- the API --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +266,12 @@ class API:
             with self.store.transaction() as tx:
                 tx.put(new)
 
-    def find_vm(self, admitted: Admitted) -> VM:
-        """Return the VM that the path names. Raises HTTPError(404)."""
-        return found("VM", self.state.vms, admitted.name)
+    def find_vm(self, admitted: Admitted, uid: str | None = None) -> VM:
+        """Return the VM that the path names. Raises HTTPError(404), also if it has another uid than a given one."""
+        vm = found("VM", self.state.vms, admitted.name)
+        if uid and uid != vm.uid:
+            raise vm_is_gone(vm.name, uid)
+        return vm
 
     def answer_vm(self, name: str) -> Response:
         """Return an answer with a VM as it is stored."""
@@ -306,10 +306,3 @@ class API:
 
     def may(self, admitted: Admitted, role: Role) -> bool:
         return role in self.roles(admitted)
-
-
-# ---- requests and answers -------------------------------------------------------------------------------------------
-
-
-def liveness_source(request: Request, admitted: Admitted) -> Source:
-    return (admitted.account, request.peer)

@@ -9,7 +9,7 @@ from functools import partial
 
 from orchard import __version__, auth
 from orchard.api import API
-from orchard.handlers.admission import Admitted, named, read_body
+from orchard.handlers.admission import Admitted, read_body
 from orchard.handlers.answers import found
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.resources import validation
@@ -149,7 +149,7 @@ def patch_account(api: API, request: Request, admitted: Admitted) -> AnyResponse
 def _change_account(api: API, admitted: Admitted, read: Callable[..., ServiceAccount]) -> AnyResponse:
     """Change an account's roles, token and keys; absent fields stay as they are."""
     old = found("service account", api.state.accounts, admitted.name)
-    new = read_body(admitted, named(old.name, partial(read, base=old)))
+    new = read_body(admitted, partial(read, base=old), is_named=True)
     new = replace(new, token=new.token or old.token)
     api.put(new, old)
     return _changed_account(api, admitted, new, old)

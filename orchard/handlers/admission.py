@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from orchard.codec import InvalidError, shown
+from orchard.decisions.liveness import Source
 from orchard.handlers.answers import Remarks
 from orchard.net.openapi import Operation
 from orchard.net.request import HTTPError, Request
@@ -57,6 +58,10 @@ class Admitted:
         return self.operation.body_limit if self.operation.body is not None else 0
 
 
+def liveness_source(request: Request, admitted: Admitted) -> Source:
+    return (admitted.account, request.peer)
+
+
 def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
     """Return the subject of a request that lasts, for the list of sessions."""
     path = admitted.operation.path
@@ -68,34 +73,33 @@ def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
     return SessionSubject(kind, f"{what}/{admitted.name}" if admitted.name else "", request.peer)
 
 
-def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
-    """Read the body by a function of resources/validation.py. Raises HTTPError(400), ValidationError."""
+def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT], *, is_named: bool = False) -> BodyT:
+    """Read the body by a function of resources/validation.py. Raises HTTPError(400), ValidationError.
+
+    `is_named`: it is an object that has the name in the path, or none.
+    """
     unknown: list[str] = []
     try:
-        value = read(admitted.body, unknown)
+        value = read(_with_name(admitted.body, admitted.name) if is_named else admitted.body, unknown)
     finally:
         admitted.remarks.add_unknown("field", unknown)
     refuse_unknown(admitted)
     return value
 
 
+def _with_name(raw: Any, name: str) -> Any:
+    """Return an object with the name in the path. Raises InvalidError if it has another one."""
+    if not isinstance(raw, dict):
+        return raw
+    for key, value in raw.items():
+        if key.lower() == "name" and value not in (None, "", name):
+            raise InvalidError(f"name is {shown(value)}, expected {shown(name)} as in the path, or no name")
+    return {**{key: value for key, value in raw.items() if key.lower() != "name"}, "name": name}
+
+
 def refuse_unknown(admitted: Admitted) -> None:
     if admitted.strict and admitted.remarks.unknown:
         raise HTTPError(400, f"{admitted.remarks}; nothing was changed, because fieldValidation is strict")
-
-
-def named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any, list[str]], BodyT]:
-    """Return a function like `read` for an object that has the name in the path, or none."""
-
-    def read_named(raw: Any, unknown: list[str]) -> BodyT:
-        if isinstance(raw, dict):
-            given = [raw[key] for key in raw if key.lower() == "name"]
-            if wrong := [value for value in given if value not in (None, "", name)]:
-                raise InvalidError(f"name is {shown(wrong[0])}, expected {shown(name)} as in the path, or no name")
-            raw = {**{key: value for key, value in raw.items() if key.lower() != "name"}, "name": name}
-        return read(raw, unknown)
-
-    return read_named
 
 
 def is_old_worker(request: Request) -> bool:

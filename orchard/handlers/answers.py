@@ -6,7 +6,7 @@ although its request succeeds: names in it that nothing here knows, and notes.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from orchard import auth, transitions
@@ -19,7 +19,7 @@ from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
 from orchard.state.change_log import RevisionGoneError
 from orchard.storage.errors import ObjectTooLargeError, StorageFullError, StorageUnavailableError
-from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError, SendPage
+from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError
 from orchard.storage.event_storage import EventLimitError
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
 
@@ -110,10 +110,5 @@ def found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
     return resource
 
 
-async def send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -> None:
-    """Send a page of events. Raises HTTPError."""
-    try:
-        await page(send)
-        await send(b"\n")
-    except EventsDeletedError as error:
-        raise http_error(error) from error
+def vm_is_gone(name: str, uid: str) -> HTTPError:
+    return HTTPError(404, f'VM "{name}" with uid {shown(uid)} does not exist')

@@ -6,17 +6,16 @@ from functools import partial
 from typing import Literal
 
 from orchard.api import API
-from orchard.codec import shown
 from orchard.decisions.goals import is_reached, why_never
 from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, read_body
-from orchard.handlers.answers import send_page
+from orchard.handlers.answers import http_error
 from orchard.handlers.parameters import read_choice, read_flag, read_number, read_time
-from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
+from orchard.net.request import AnyResponse, HTTPError, Request, Response, SendPiece, Stream
 from orchard.resources import validation
 from orchard.schema import VM
 from orchard.storage.errors import StorageError
-from orchard.storage.event_pages import EventKinds
+from orchard.storage.event_pages import EventKinds, EventsDeletedError, SendPage
 from orchard.transitions import will_restart
 
 # Reading so many events takes some milliseconds. It goes on in a thread if there are more.
@@ -26,10 +25,7 @@ _MANY_EVENTS = 500
 async def append_events(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     is_long = isinstance(admitted.body, list) and len(admitted.body) > _MANY_EVENTS
     events = await api.in_thread(is_long, partial(read_body, admitted, validation.events_from_client))
-    vm = api.find_vm(admitted)
-    uid = request.query.one(parameters.UID.name)
-    if uid and uid != vm.uid:
-        raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
+    vm = api.find_vm(admitted, request.query.one(parameters.UID.name))
     await api.parts.events.append(vm.uid, events)
     return Response(200, routine=True)
 
@@ -56,7 +52,16 @@ async def list_events(api: API, request: Request, admitted: Admitted) -> AnyResp
     headers = () if following is None else (("X-Next-Cursor", following),)
     if isinstance(page, bytes):
         return Response(200, page, headers)
-    return Stream(partial(send_page, page), "application/json", headers=headers, endless=False)
+    return Stream(partial(_send_page, page), "application/json", headers=headers, endless=False)
+
+
+async def _send_page(page: SendPage, send: SendPiece) -> None:
+    """Send a page of events. Raises HTTPError."""
+    try:
+        await page(send)
+        await send(b"\n")
+    except EventsDeletedError as error:
+        raise http_error(error) from error
 
 
 async def _is_over(api: API, followed: VM, until: str) -> bool:

@@ -12,13 +12,13 @@ from functools import partial
 import trio
 
 from orchard import transitions
-from orchard.api import API, liveness_source
+from orchard.api import API
 from orchard.auth import ForbiddenError
 from orchard.codec import shown
 from orchard.decisions.goals import Goal, describe_status, is_reached, why_never
 from orchard.handlers import parameters
-from orchard.handlers.admission import Admitted, is_old_worker, read_body, refuses_new_values
-from orchard.handlers.answers import http_error
+from orchard.handlers.admission import Admitted, is_old_worker, liveness_source, read_body, refuses_new_values
+from orchard.handlers.answers import http_error, vm_is_gone
 from orchard.handlers.parameters import read_choice, read_count, read_flag, read_number
 from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
@@ -198,10 +198,7 @@ def _can_notice(api: API, worker: str) -> bool:
 
 
 def get_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
-    vm = api.find_vm(admitted)
-    uid = request.query.one(parameters.UID.name)
-    if uid and uid != vm.uid:
-        raise _is_gone(vm.name, uid)
+    vm = api.find_vm(admitted, request.query.one(parameters.UID.name))
     goal = parameters.read_goal(request.query)
     if goal is not None:
         return _wait_for(api, vm, goal, read_count(request.query, parameters.WAIT_VM))
@@ -212,10 +209,6 @@ def get_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awai
     return api.answer_vm(vm.name)
 
 
-def _is_gone(name: str, uid: str) -> HTTPError:
-    return HTTPError(404, f'VM "{name}" with uid {shown(uid)} does not exist')
-
-
 async def _wait_for(api: API, vm: VM, goal: Goal, wait: float) -> Response:
     """Return the VM once it is what the client waits for. Raises HTTPError if it can not be, or is not in time."""
     with trio.move_on_after(wait):
@@ -223,7 +216,7 @@ async def _wait_for(api: API, vm: VM, goal: Goal, wait: float) -> Response:
             with api.store.watch("vm", vm.name) as changes:
                 now = api.state.vms.get(vm.name)
                 if now is None or now.uid != vm.uid:
-                    raise _is_gone(vm.name, vm.uid)
+                    raise vm_is_gone(vm.name, vm.uid)
                 if _is_over(api, now, goal):
                     return api.answer_vm(vm.name)
                 # The feed ends if it is too far behind.
@@ -232,7 +225,7 @@ async def _wait_for(api: API, vm: VM, goal: Goal, wait: float) -> Response:
                         return answer
     now = api.state.vms.get(vm.name)
     if now is None or now.uid != vm.uid:
-        raise _is_gone(vm.name, vm.uid)
+        raise vm_is_gone(vm.name, vm.uid)
     raise HTTPError(503, describe_status(now, goal), (("Retry-After", "1"),))
 
 
@@ -244,7 +237,7 @@ def _answer_change(api: API, change: Change, uid: str, goal: Goal) -> Response |
     if new is None and isinstance(old, VM) and old.uid == uid:
         if goal == "deleted":
             return Response(200, change.json)
-        raise _is_gone(old.name, uid)
+        raise vm_is_gone(old.name, uid)
     return None
 
 

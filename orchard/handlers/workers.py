@@ -11,12 +11,12 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import auth, transitions
-from orchard.api import API, liveness_source
+from orchard.api import API
 from orchard.codec import shown
 from orchard.control import deadlines
 from orchard.decisions.liveness import Source
 from orchard.handlers import parameters
-from orchard.handlers.admission import Admitted, named, read_body
+from orchard.handlers.admission import Admitted, liveness_source, read_body
 from orchard.handlers.answers import found
 from orchard.handlers.parameters import read_flag, read_text
 from orchard.handlers.watch import take_snapshot, watch_kinds
@@ -143,7 +143,7 @@ def get_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
     worker = found("worker", api.state.workers, admitted.name)
-    wanted = read_body(admitted, named(worker.name, validation.worker_from_client))
+    wanted = read_body(admitted, validation.worker_from_client, is_named=True)
     seen, source = wanted.last_seen, liveness_source(request, admitted)
     liveness = api.parts.liveness
     if seen is not None and liveness.is_heartbeat(worker.name, seen):

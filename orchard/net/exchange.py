@@ -29,7 +29,7 @@ from typing import TypeVar
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from orchard.base.nursery import sole_exception
+from orchard.base.nursery import sole_exception, unwrap_groups
 from orchard.net import wsframes
 from orchard.net.connection import SEND_BYTES, SMALL_BYTES, Connection, Disconnected
 from orchard.net.request import (
@@ -377,8 +377,8 @@ class Exchange:
             await self._server.stop.wait()
             nursery.cancel_scope.cancel()
 
-        try:
-            # The watchers end with the work.
+        # The watchers end with the work.
+        with unwrap_groups():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_client)
                 if until_stop:
@@ -386,8 +386,6 @@ class Exchange:
                 result = await work()
                 ended = True
                 nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise sole_exception(group) from None
         if gone and not ended:
             raise Disconnected("the client went away")
         return result
