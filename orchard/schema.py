@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from orchard.codec import MAX_ITEMS, attr, attrs_of, unknown_fields
 from orchard.resources.cluster import (
@@ -91,6 +91,19 @@ StartupOnFailure = Literal["", "fail", "keep"]
 EndRequest = Literal["", "restart", "drain"]
 ScriptTransport = Literal["", "ssh", "tart-guest-agent"]
 Role = Literal["compute:read", "compute:write", "compute:connect", "admin:read", "admin:write"]
+
+
+class RuntimeTraits(NamedTuple):
+    """What the VMs of a runtime can be. `runs_macos`: a host offers as many of them as Apple's licence allows."""
+
+    runs_macos: bool
+    has_guest_agent: bool
+
+
+RUNTIMES: Mapping[Runtime, RuntimeTraits] = {
+    "tart": RuntimeTraits(runs_macos=True, has_guest_agent=True),
+    "vetu": RuntimeTraits(runs_macos=False, has_guest_agent=False),
+}
 
 # Who sets each condition of a VM.
 CONDITION_WRITERS: Mapping[ConditionType, Literal["controller", "worker"]] = {

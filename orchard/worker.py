@@ -27,7 +27,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -68,6 +68,7 @@ from orchard.schema import (
     LOGICAL_CORES,
     MEMORY_MIB,
     NAME,
+    RUNTIMES,
     TART_VMS,
     WORKER_NAME_LABEL,
     Arch,
@@ -97,7 +98,7 @@ _MACOS_VMS = 2
 _PERMISSION_SINCE = 15
 # The average interval of reading which images the cluster wants pulled.
 _PREPULL_SECONDS = 60.0
-# The capabilities that this worker registers with. vetu has no guest agent.
+# The capabilities that this worker registers with; the last one only if its runtime has guest agents.
 CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY, VM_READY, VM_RESTART, SHUTDOWN_SCRIPT, GUEST_AGENT)
 # Limit for reporting, at the end of the worker, the VMs that ended with it.
 _GOODBYE_SECONDS = 5.0
@@ -127,7 +128,8 @@ class WorkerService:
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
         labels = {WORKER_NAME_LABEL: description.name, **description.labels}
-        able = tuple(one for one in CAPABILITIES if one != GUEST_AGENT or description.runtime != "vetu")
+        has_agent = RUNTIMES[description.runtime].has_guest_agent
+        able = tuple(one for one in CAPABILITIES if one != GUEST_AGENT or has_agent)
         self.description = replace(description, labels=labels, capabilities=able)
         self._client = client
         self._chance = chance
@@ -296,11 +298,11 @@ def host_architecture() -> Arch:
     return "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "amd64"
 
 
-def host_resources(runtime: str) -> dict[str, int]:
+def host_resources(runtime: Runtime) -> dict[str, int]:
     """Return the resources that this host offers to VMs by default."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024**2
     offered = {LOGICAL_CORES: os.cpu_count() or 1, MEMORY_MIB: memory}
-    return offered if runtime == "vetu" else {TART_VMS: _MACOS_VMS, **offered}
+    return {TART_VMS: _MACOS_VMS, **offered} if RUNTIMES[runtime].runs_macos else offered
 
 
 def worker_parser() -> CommandLine:
@@ -320,7 +322,7 @@ def worker_parser() -> CommandLine:
     token.add_argument("--bootstrap-token-stdin", action="store_true",
         help="read the bootstrap token from standard input")  # fmt: skip
     add("--name", metavar="N", help="name of this worker; default: the host name")
-    add("--runtime", choices=("tart", "vetu", "synthetic"), default="tart",
+    add("--runtime", choices=tuple(_DRIVERS), default="tart",
         help="hypervisor; synthetic VMs are directories and processes, to try things out")  # fmt: skip
     add("--tart", metavar="PATH", help="path of the tart (or vetu) program; default: found on PATH")
     add("--user", metavar="NAME",
@@ -385,18 +387,29 @@ def _make_client(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(str(error))
 
 
-def _make_driver(options: argparse.Namespace, worker: str, dial: Dial | None) -> Driver:
-    """Return the driver of a worker. Raises DriverError if there is no tart or vetu program."""
-    if options.runtime == "synthetic":
-        images = [f"example.com/image-{number}:latest" for number in range(1, options.synthetic_images + 1)]
-        return SyntheticDriver(orchard_home("worker") / "synthetic" / options.name / worker, images=images)
+def _make_synthetic_driver(options: argparse.Namespace, worker: str, dial: Dial | None) -> Driver:
+    images = [f"example.com/image-{number}:latest" for number in range(1, options.synthetic_images + 1)]
+    return SyntheticDriver(orchard_home("worker") / "synthetic" / options.name / worker, images=images)
+
+
+def _make_tart_driver(options: argparse.Namespace, worker: str, dial: Dial | None) -> Driver:
+    """Raises DriverError if there is no tart or vetu program."""
     program = find_tart(options.tart, options.runtime)
     home, vetu = orchard_home("worker") / options.runtime, options.runtime == "vetu"
     return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses, dial=dial)
 
 
+# The functions that make the driver of a worker, by --runtime: options, name of the worker, connector of --user.
+_DRIVERS: Mapping[str, Callable[[argparse.Namespace, str, Dial | None], Driver]] = {
+    "tart": _make_tart_driver,
+    "vetu": _make_tart_driver,
+    "synthetic": _make_synthetic_driver,
+}
+
+
 def _describe_worker(options: argparse.Namespace, name: str, machine: str, instance: str) -> Worker:
-    runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
+    # Clients ask for synthetic VMs as for those of tart.
+    runtime: Runtime = "tart" if options.runtime == "synthetic" else options.runtime
     return Worker(
         name=name,
         arch="arm64" if options.runtime == "synthetic" else host_architecture(),
@@ -432,7 +445,7 @@ async def _work(options: argparse.Namespace, client: Client, connector: Connecto
     name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     dial = connector.connect if connector is not None else None
-    drivers = {each: _make_driver(options, each, dial) for each in names}
+    drivers = {each: _DRIVERS[options.runtime](options, each, dial) for each in names}
     # The VMs of a synthetic driver are known to this process alone.
     stop_vms = synthetic or options.stop_vms_on_exit
     directory = orchard_home("worker") / "synthetic" / name if synthetic else orchard_home("worker")

@@ -27,7 +27,7 @@ from orchard.codec import dump_json
 from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
-from orchard.schema import TART_VMS, VM, Status, VMSpec, Worker
+from orchard.schema import RUNTIMES, TART_VMS, VM, Runtime, Status, VMSpec, Worker
 from orchard.tart import TartDriver
 from orchard.vm import ending, supervisor
 from orchard.vm.driver import DriverError, Hardware
@@ -39,7 +39,7 @@ from orchard.work import requests as worker_requests
 from orchard.work.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.work.leftovers import RefusedError
 from orchard.work.reconciler import SYNC_ACTIONS, VM_LOST
-from orchard.worker import WorkerService
+from orchard.worker import WorkerService, host_resources, worker_parser
 
 
 @pytest.fixture
@@ -796,3 +796,10 @@ async def test_number_of_requests_in_progress_is_bounded(
         ("port-forward", ""),
         ("port-forward", "the worker has 2 tunnels open, which is its limit; close some"),
     ]
+
+
+def test_each_runtime_has_traits_and_a_driver() -> None:
+    assert RUNTIMES.keys() == set(get_args(Runtime))
+    for runtime, traits in RUNTIMES.items():
+        assert worker_parser().parse_args(["http://c", "--runtime", runtime]).runtime == runtime
+        assert (TART_VMS in host_resources(runtime)) is traits.runs_macos

@@ -42,6 +42,7 @@ from orchard.schema import (
     METADATA_KEY,
     NAME,
     NOT_SPEC,
+    RUNTIMES,
     SPEC_NAMES,
     TART_VMS,
     WORKER_NAME_LABEL,
@@ -92,6 +93,8 @@ _OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
 # Transports of a startup script that mean the same.
 _OVER_SSH = frozenset({"", "ssh"})
+# The values of `runtime` of VMs that may run macOS, also of a client that leaves it out.
+_MACOS_RUNTIMES = (None, "", *(name for name, traits in RUNTIMES.items() if traits.runs_macos))
 _TEXTS = frozenset(field.json for field in attrs_of(VMSpec) if not field.is_closed_set())
 # Fields of newer programs, which their clients send back in whole objects. Those that ask for something are unknown here.
 _NEWER = frozenset({"endpoints", "hostProcesses", "netSoftnetExpose", "observedEndpoints", "usbAccessories"})
@@ -136,7 +139,7 @@ def _vm_fields(raw: object, *, patch: bool = False) -> dict[str, Any]:
 def _with_tart_resource(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a new VM that asks for at least one of its worker's Tart VMs, if it is a macOS VM."""
     resources = raw.get("resources")
-    is_macos = raw.get("os") in (None, "", "darwin") and raw.get("runtime") in (None, "", "tart")
+    is_macos = raw.get("os") in (None, "", "darwin") and raw.get("runtime") in _MACOS_RUNTIMES
     if not is_macos or not isinstance(resources, dict | None) or (resources or {}).get(TART_VMS, 0) != 0:
         return raw
     others = (resources or {}).keys() - {TART_VMS}
@@ -259,9 +262,10 @@ def _check_spec(spec: VMSpec) -> None:
     for field, script in (("startup_script", spec.startup_script), ("shutdown_script", spec.shutdown_script)):
         if script is not None:
             _check_script(field, script)
-    if spec.runtime == "vetu" and spec.startup_script is not None and spec.startup_script.transport not in _OVER_SSH:
+    needs_agent = spec.startup_script is not None and spec.startup_script.transport not in _OVER_SSH
+    if needs_agent and not RUNTIMES[spec.runtime].has_guest_agent:
         raise InvalidError(
-            f'startup_script.transport is {shown(spec.startup_script.transport)}, expected "ssh" with the runtime vetu'
+            f'startup_script.transport is "tart-guest-agent", expected "ssh" with the runtime {spec.runtime}'
         )
     if spec.host_dirs:
         _check_host_dirs(spec.host_dirs)
