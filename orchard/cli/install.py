@@ -109,7 +109,8 @@ def run_install_verb(role: str, verb: str, words: Sequence[str]) -> int:
         if rest:
             parser.error(f"unknown option {rest[0]}")
         return uninstall(role, manager)
-    service = describe_service(role, kind, options, rest)
+    describe = _describe_worker if role == "worker" else _describe_controller
+    service = describe(kind, options, rest)
     if options.print:
         sys.stdout.write(manager.text(service).decode())
         return 0
@@ -153,14 +154,8 @@ def install_parser(role: str, verb: str) -> CommandLine:
 # ---- what the service is -------------------------------------------------------------------------------------------
 
 
-def describe_service(role: str, kind: str, options: argparse.Namespace, rest: Sequence[str]) -> ServiceDefinition:
-    """Return the service that the options ask for; `rest` are options of the role. Raises CommandError."""
-    if role == "worker":
-        return _describe_worker(kind, options, rest)
-    return _describe_controller(kind, options, rest)
-
-
 def _describe_worker(kind: str, options: argparse.Namespace, rest: Sequence[str]) -> ServiceDefinition:
+    """Return the service that the options ask for; `rest` are options of the worker. Raises CommandError."""
     try:
         url = join_urls(parse_urls(options.url))
     except ValueError as error:
@@ -174,22 +169,25 @@ def _describe_worker(kind: str, options: argparse.Namespace, rest: Sequence[str]
     if kind == "launchd" and user != "root":
         # It starts as root, and keeps the right to connect to VMs.
         words += ["--user", user]
-        environ.update(_shared_archive(program))
+        if "-m" not in program:
+            # The archive unpacks itself where all users can read it and only root can change it.
+            environ[_UNPACKED_VARIABLE] = str(_UNPACKED)
     home = _home_of(user, kind)
     runtime = shutil.which(parsed.tart or parsed.runtime)
-    before = f"{Path(runtime).parent.absolute()}:" if runtime and not parsed.tart else ""
+    before = [str(Path(runtime).parent.absolute())] if runtime and not parsed.tart else []
     return ServiceDefinition(
         role="worker",
         words=[*program, "worker", "run", *words, *_log_words(log_file, parsed)],
         user=user,
         directory=home,
-        environ={"PATH": _deduplicated(f"{before}{_PATHS[kind]}"), "HOME": str(home), **environ},
+        environ={"PATH": ":".join(dict.fromkeys([*before, *_PATHS[kind].split(":")])), "HOME": str(home), **environ},
         token_file=options.token_file.absolute(),
         log_file=log_file,
     )
 
 
 def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[str]) -> ServiceDefinition:
+    """Return the service that the options ask for; `rest` are options of the controller. Raises CommandError."""
     # systemd makes a user for the service, and that user's directories are those in /var/lib.
     is_made = kind == "systemd" and not options.user
     user = "" if is_made else options.user or _caller()
@@ -221,11 +219,6 @@ def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[
     )
 
 
-def _shared_archive(program: Sequence[str]) -> dict[str, str]:
-    """Return where an archive that root starts unpacks itself: users can read it there, and only root can change it."""
-    return {} if "-m" in program else {_UNPACKED_VARIABLE: str(_UNPACKED)}
-
-
 def _orchard_home() -> dict[str, str]:
     value = os.environ.get("ORCHARD_HOME")
     return {"ORCHARD_HOME": os.path.abspath(value)} if value else {}  # noqa: PTH100
@@ -251,10 +244,6 @@ def _home_of(user: str, kind: str) -> Path:
         return Path(pwd.getpwnam(user).pw_dir)
     except KeyError:
         return _HOMES[kind] / user
-
-
-def _deduplicated(path: str) -> str:
-    return ":".join(dict.fromkeys(path.split(":")))
 
 
 def _values(parsed: argparse.Namespace) -> list[object]:

@@ -189,11 +189,6 @@ def format_span(seconds: float) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
 
 
-def format_map(value: Mapping[str, Any] | None) -> str:
-    """Return a map as existing programs parse it: "key: value, key: value"."""
-    return ", ".join(f"{key}: {format_json_value(item)}" for key, item in sorted((value or {}).items()))
-
-
 def format_json_value(value: object) -> str:
     """Return a value of JSON as one line."""
     if isinstance(value, bool):
@@ -201,7 +196,8 @@ def format_json_value(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return format_map(value)
+        # As existing programs parse it.
+        return ", ".join(f"{key}: {format_json_value(item)}" for key, item in sorted(value.items()))
     if isinstance(value, list):
         return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(format_json_value, value))
     return str(value)

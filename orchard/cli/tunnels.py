@@ -66,18 +66,15 @@ def run_with_client(options: argparse.Namespace, work: Callable[[Client], Awaita
 
 
 def _forward(options: argparse.Namespace) -> int:
-    async def announced(port: int) -> None:
-        print(f"forwarding 127.0.0.1:{port} -> {options.name}:{options.ports[1]}...", flush=True)
-
-    return run_with_client(options, lambda client: _listen(client, options, options.ports, announced))
+    return run_with_client(options, lambda client: _listen(client, options, *options.ports))
 
 
 async def _listen(
-    client: Client, options: argparse.Namespace, ports: tuple[int, int], ready: Callable[[int], Awaitable[None]]
+    client: Client, options: argparse.Namespace, local: int, remote: int, login: str | None = None
 ) -> int:
-    """Forward a local port until interrupted; call `ready` with it. Each failure of a connection is one line.
+    """Forward a local port until interrupted. Each failure of a connection is one line on standard error.
 
-    Raises ResponseError for an unknown VM or worker.
+    `login` is for a VNC viewer, which is opened. Raises ResponseError for an unknown VM or worker.
     """
     resource = client.vms if options.kind == "vm" else client.workers
     try:
@@ -89,26 +86,22 @@ async def _listen(
 
     async def connect(stream: trio.SocketStream) -> None:
         try:
-            async with stream, resource.port_forward(options.name, ports[1], wait=options.wait) as tunnel:
+            async with stream, resource.port_forward(options.name, remote, wait=options.wait) as tunnel:
                 await splice(stream, tunnel)
         except ClientError as error:
             print(f"orchard: {error}", file=sys.stderr)
 
-    listeners = await trio.open_tcp_listeners(ports[0], host="127.0.0.1")
+    listeners = await trio.open_tcp_listeners(local, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(trio.serve_listeners, connect, listeners))
-        await ready(listeners[0].socket.getsockname()[1])
+        address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        print(f"forwarding {address} -> {options.name}:{remote}...", flush=True)
+        if login is not None and not await trio.to_thread.run_sync(webbrowser.open, f"vnc://{login}{address}"):
+            print(f"open vnc://{address} in a VNC viewer", file=sys.stderr)
     return 0
 
 
 def _open_vnc(options: argparse.Namespace) -> int:
     user, password = login_of(options) if options.kind == "vm" else (options.username, options.password)
     login = f"{quote(user, safe='')}:{quote(password, safe='')}@" if user else ""
-
-    async def opened(port: int) -> None:
-        print(f"forwarding 127.0.0.1:{port} -> {options.name}:{_VNC_PORT}...", flush=True)
-        url = f"vnc://{login}127.0.0.1:{port}"
-        if not await trio.to_thread.run_sync(webbrowser.open, url):
-            print(f"open vnc://127.0.0.1:{port} in a VNC viewer", file=sys.stderr)
-
-    return run_with_client(options, lambda client: _listen(client, options, (0, _VNC_PORT), opened))
+    return run_with_client(options, lambda client: _listen(client, options, 0, _VNC_PORT, login))
