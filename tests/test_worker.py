@@ -29,7 +29,7 @@ from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
 from orchard.schema import RUNTIMES, TART_VMS, VM, Runtime, Status, VMSpec, Worker
 from orchard.tart import TartDriver
-from orchard.vm import ending, supervisor
+from orchard.vm import ending, supervised, supervisor
 from orchard.vm.driver import DriverError, Hardware
 from orchard.vm.instance import SHUT_DOWN, STOPPED
 from orchard.vm.instance_state import Note
@@ -520,7 +520,7 @@ def test_lease_is_not_longer_when_the_worker_is_stalled_while_renewing_it(
     # The worker is stalled for 100 s between any two readings of the clock.
     monkeypatch.setattr(supervisor, "clock", partial(next, itertools.count(1000.0, 100.0)))
     lease = Lease(TartDriver("/none", tmp_path), supervisor.clock)
-    supervisor.write_lease(tmp_path / "vm.lease", *supervisor.NEVER)
+    supervised.write_lease(tmp_path / "vm.lease", *supervisor.NEVER)
     lease.begin_session(180.0, lease.now())
     lease.set_wanted({"vm"})
     assert list(supervisor.read_lease(tmp_path / "vm.lease")) == pytest.approx([1000.0 + 135.0, 1000.0 + 171.0])

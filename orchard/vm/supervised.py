@@ -18,7 +18,9 @@ import signal
 import sys
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -32,6 +34,9 @@ from orchard.vm.processes import KILL_SECONDS, LOOK_SECONDS, is_locked, reportin
 _WATCH_SECONDS = 0.25  # seconds
 # A supervisor that shows no sign of life for so long counts as gone.
 _SILENCE_SECONDS = 10.0  # seconds
+_WRITABLE_BY_OTHERS = 0o022
+# A fixed length: the file is overwritten in place, which needs no space on a full disk.
+_LEASE_FORMAT = b"%20.6f %20.6f\n"
 # The suffixes of the files about a VM.
 _KINDS = ("run", "log", "note", "note.new", "lease")
 # The supervisor as a program: run by the Python at hand, without the user's site-packages, also from a zip archive.
@@ -41,6 +46,20 @@ _SUPERVISOR = (
     str(Path(__file__).parent.parent.parent),
 )
 _OVER = (-math.inf, -math.inf)
+
+
+@dataclass(slots=True)
+class Record:
+    """The contents of a record file. `status` is None while the VM runs, and stays None if the supervisor was killed.
+
+    `supervisor` and `child` are process numbers, 0 until they are known; `child` is `tart run`. `status` is the exit
+    status of `tart run`, or minus the number of the signal that killed it.
+    """
+
+    supervisor: int = 0
+    child: int = 0
+    status: int | None = None
+    order: Literal["", "stop", "lease"] = ""
 
 
 class SupervisedVMs:
@@ -80,10 +99,10 @@ class SupervisedVMs:
         with reporting(f"cannot read {self._home}"):
             return [path.stem for path in self._home.glob("*.run") if is_locked(path)]
 
-    def record(self, name: str) -> supervisor.Record:
+    def record(self, name: str) -> Record:
         path = self._file(name, "run")
         with reporting(f"cannot read {path}"):
-            return supervisor.read_record(path)
+            return read_record(path)
 
     def log(self, name: str) -> bytes:
         """Return what the VM's process has printed, as far as it can be read."""
@@ -156,7 +175,7 @@ class SupervisedVMs:
     def _write_lease(self, name: str) -> None:
         path = self._file(name, "lease")
         with reporting(f"cannot write {path}"):
-            supervisor.write_lease(path, *self._lease)
+            write_lease(path, *self._lease)
 
     # -- start and end
 
@@ -170,7 +189,7 @@ class SupervisedVMs:
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
         return [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}"]
 
-    async def wait_ended(self, name: str) -> tuple[supervisor.Record, DriverError]:
+    async def wait_ended(self, name: str) -> tuple[Record, DriverError]:
         """Wait until a VM's supervisor has ended. Return its last record, and the error if that has no exit status.
 
         A supervisor that does not answer, or does not end its VM at the end of the lease, is killed with the VM.
@@ -194,7 +213,7 @@ class SupervisedVMs:
             record.status = None
         return record, error
 
-    def _final_record(self, name: str) -> supervisor.Record | None:
+    def _final_record(self, name: str) -> Record | None:
         """Return the record of a VM whose supervisor has ended.
 
         None while the supervisor lives, and when that is unknown because the worker has no file descriptor left.
@@ -271,7 +290,7 @@ class _Silence:
         return self._looks * _WATCH_SECONDS >= _SILENCE_SECONDS
 
 
-def _kill(record: supervisor.Record) -> None:
+def _kill(record: Record) -> None:
     """Kill the VM of a supervisor that was killed, or is about to be.
 
     A process number that was given to another process is recognised: the VM is in the supervisor's session.
@@ -279,3 +298,45 @@ def _kill(record: supervisor.Record) -> None:
     with suppress(ProcessLookupError):
         if record.child and os.getsid(record.child) == record.supervisor:
             signal_group(record.child)
+
+
+# ---- record and lease -----------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> Record:
+    """Read a record. Return an empty one if the file is missing or incomplete. Raises OSError.
+
+    Signals are sent to the numbers in a record. So a record that another user could have written counts as empty, and
+    so does one whose numbers cannot be those of a supervisor and its child.
+    """
+    with suppress(FileNotFoundError, ValueError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, encoding="ascii") as file:
+            about = os.fstat(descriptor)
+            if about.st_uid != os.geteuid() or about.st_mode & _WRITABLE_BY_OTHERS:
+                return Record()
+            words = file.read(2 * supervisor.RECORD_BYTES).split()
+        first, second, *rest = words
+        numbers = int(first), int(second)
+        # 0 and negative numbers would mean whole process groups, and 1 is the system's first process.
+        if min(numbers) > 1:
+            match rest:
+                case []:
+                    return Record(*numbers)
+                case [status]:
+                    return Record(*numbers, int(status))
+                case [status, "stop" | "lease" as order]:
+                    return Record(*numbers, int(status), order)
+    return Record()
+
+
+def write_lease(path: Path, soft: float, hard: float) -> None:
+    """Let a VM run until `soft`, when it is asked to end, and `hard`, when it is killed.
+
+    Both are times of `supervisor.clock()`. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(descriptor, _LEASE_FORMAT % (soft, hard), 0)
+    finally:
+        os.close(descriptor)

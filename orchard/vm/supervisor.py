@@ -23,7 +23,7 @@ from its controller, even if the worker there has crashed or hangs, and the cont
 times are in seconds of a clock that cannot be set and that goes on while the machine sleeps.
 
 The worker starts a supervisor as a program (`main`). The program returns when the VM's process exists, or says on
-stderr why it does not. The other functions are for the worker: read a record, write the lease.
+stderr why it does not. The worker's side of the three files is in supervised.py.
 
 A VM waits while its supervisor starts, so this module imports only what that needs (`./run bench life` measures it).
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal, NoReturn
 
-    # What made the supervisor end the VM, or "".
+    # What made the supervisor end the VM, or "": the last word of the record.
     Order = Literal["", "stop", "lease"]
 
 # Interval of signs of life and of reading the lease. At expiry the lease is read once more, so a late renewal counts.
@@ -57,7 +57,6 @@ LOG_BYTES = 1024 * 1024  # bytes
 _MESSAGE_BYTES = 4096  # bytes
 # Enough for three numbers and a word.
 RECORD_BYTES = 64  # bytes
-_WRITABLE_BY_OTHERS = 0o022
 # A checker holds the lock for microseconds.
 _LOCK_TRIES = 500
 _LOCK_PAUSE = 0.01  # seconds
@@ -71,78 +70,11 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 # The supervisor's answer to the starting program when the VM's process exists.
 _UP = b"\0"
-# A fixed length: the file is overwritten in place, which needs no space on a full disk.
-_LEASE_FORMAT = b"%20.6f %20.6f\n"
-
-
-class Record:
-    """The contents of a record file. `status` is None while the VM runs, and stays None if the supervisor was killed.
-
-    `supervisor` and `child` are process numbers, 0 until they are known; `child` is `tart run`. `status` is the exit
-    status of `tart run`, or minus the number of the signal that killed it.
-    """
-
-    __slots__ = ("child", "order", "status", "supervisor")
-
-    def __init__(self, supervisor: int = 0, child: int = 0, status: int | None = None, order: Order = "") -> None:
-        self.supervisor = supervisor
-        self.child = child
-        self.status = status
-        self.order = order
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Record) and all(getattr(self, each) == getattr(other, each) for each in self.__slots__)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"Record({self.supervisor}, {self.child}, {self.status}, {self.order!r})"
 
 
 def clock() -> float:
     """Return the time of the clock that leases use, in seconds."""
     return time.clock_gettime(_CLOCK)
-
-
-# ---- for the worker ------------------------------------------------------------------------------------------------
-
-
-def read_record(path: Path) -> Record:
-    """Read a record. Return an empty one if the file is missing or incomplete. Raises OSError.
-
-    Signals are sent to the numbers in a record. So a record that another user could have written counts as empty, and
-    so does one whose numbers cannot be those of a supervisor and its child.
-    """
-    with suppress(FileNotFoundError, ValueError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, encoding="ascii") as file:
-            about = os.fstat(descriptor)
-            if about.st_uid != os.geteuid() or about.st_mode & _WRITABLE_BY_OTHERS:
-                return Record()
-            words = file.read(2 * RECORD_BYTES).split()
-        supervisor, child, *rest = words
-        # 0 and negative numbers would mean whole process groups, and 1 is the system's first process.
-        if int(supervisor) > 1 and int(child) > 1:
-            match rest:
-                case []:
-                    return Record(int(supervisor), int(child))
-                case [status]:
-                    return Record(int(supervisor), int(child), int(status))
-                case [status, "stop" | "lease" as order]:
-                    return Record(int(supervisor), int(child), int(status), order)
-    return Record()
-
-
-def write_lease(path: Path, soft: float, hard: float) -> None:
-    """Let a VM run until `soft`, when it is asked to end, and `hard`, when it is killed.
-
-    Both are times of `clock()`. Raises OSError.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(descriptor, _LEASE_FORMAT % (soft, hard), 0)
-    finally:
-        os.close(descriptor)
 
 
 def read_lease(path: Path | str) -> tuple[float, float]:

@@ -34,7 +34,7 @@ from harness.processes import GENEROUS, LISTENING, ORCHARD, PLAIN, eventually, f
 
 from orchard.client import Client, ResponseError
 from orchard.schema import VM
-from orchard.vm import supervisor
+from orchard.vm import supervised, supervisor
 from orchard.vm.instance import CUT_OFF, SHUT_DOWN, STOPPED
 from orchard.work.reconciler import VM_LOST
 
@@ -363,7 +363,7 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
                 await c.create_running(name, labels={name: "1"}, restart_policy="OnFailure")
             await freeze(unleashed_worker)
             vm = await c.client.vms.get("unleashed")
-            supervisor.write_lease(
+            supervised.write_lease(
                 hosts["unleashed"].home / ORCHARD / "tart" / f"{vm.tart_name}.lease", *supervisor.NEVER
             )
             killed_worker.stop(signal.SIGKILL)

@@ -25,7 +25,7 @@ from harness.processes import GENEROUS, ORCHARD, PLAIN, Role, controller, eventu
 from orchard.client import Client
 from orchard.methods.fields import NewVMFields, VMFields
 from orchard.schema import TART_VMS, VM
-from orchard.vm import supervisor
+from orchard.vm import supervised
 from orchard.vm.processes import is_locked
 from orchard.worker import host_architecture
 
@@ -69,8 +69,8 @@ class Host:
         """Return the states of all VMs on this host, by their local names, as tart would list them."""
         return {path.stem: state for path in (self.tart_home / "vms").glob("*.json") if (state := _state_in(path))}
 
-    def record(self, vm: VM) -> supervisor.Record:
-        found = supervisor.read_record(self.home / ORCHARD / "tart" / f"{vm.tart_name}.run")
+    def record(self, vm: VM) -> supervised.Record:
+        found = supervised.read_record(self.home / ORCHARD / "tart" / f"{vm.tart_name}.run")
         # A signal to process 0 would go to the tests themselves.
         assert found.supervisor > 0, f"the supervisor of {vm.tart_name} is not recorded"
         return found

@@ -314,10 +314,10 @@ async def test_vm_that_is_killed_at_the_end_of_its_lease_says_so(bench: Bench, m
     """Also if its supervisor has recorded that before it was killed itself."""
     kill = supervised._kill
 
-    def kill_and_record(record: supervisor.Record) -> None:
+    def kill_and_record(record: supervised.Record) -> None:
         kill(record)
         path = next(bench.home.rglob(f"{NAME}.run"))
-        while supervisor.read_record(path).status is None:
+        while supervised.read_record(path).status is None:
             time.sleep(0.01)
 
     async def run_until_overdue() -> None:

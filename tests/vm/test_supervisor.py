@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 from harness.processes import GENEROUS, eventually, processes_in
 
-from orchard.vm import supervisor
+from orchard.vm import supervised, supervisor
 from orchard.vm.processes import is_locked
-from orchard.vm.supervisor import EXPIRED, LOG_BYTES, RECORD_BYTES, Record
+from orchard.vm.supervised import Record
+from orchard.vm.supervisor import EXPIRED, LOG_BYTES, RECORD_BYTES
 
 LONG = 1e6  # seconds
 # Lease times that are tried in turn, in seconds: the first is long enough unless the machine is very busy.
@@ -107,12 +108,12 @@ class Supervised:
     async def start_guest(self, code: str, *, patience: float = LONG, leased: bool = False) -> Record:
         self.start(sys.executable, "-ISc", code, patience=patience, leased=leased)
         await eventually(lambda: "up\n" in self.log.read_text())
-        return supervisor.read_record(self.path)
+        return supervised.read_record(self.path)
 
     def lend(self, soft: float, hard: float) -> None:
         """Set the lease to end in so many seconds, and wake the supervisor."""
-        supervisor.write_lease(self.lease, supervisor.clock() + soft, supervisor.clock() + hard)
-        if number := supervisor.read_record(self.path).supervisor:
+        supervised.write_lease(self.lease, supervisor.clock() + soft, supervisor.clock() + hard)
+        if number := supervised.read_record(self.path).supervisor:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGCHLD)
 
@@ -121,15 +122,15 @@ class Supervised:
         await eventually(lambda: not is_locked(self.path))
         # Killed processes take a moment to end.
         await eventually(lambda: processes_in(self.home) == [])
-        return supervisor.read_record(self.path)
+        return supervised.read_record(self.path)
 
     def runs(self) -> bool:
-        record = supervisor.read_record(self.path)
+        record = supervised.read_record(self.path)
         return is_locked(self.path) and record.status is None and Path(f"/proc/{record.child}").exists()
 
     async def wait_looked(self) -> None:
         """Wake the supervisor, and wait until it sleeps again. Raises OSError if it ends meanwhile."""
-        number = supervisor.read_record(self.path).supervisor
+        number = supervised.read_record(self.path).supervisor
         # Twice, because the first signal may find it awake.
         for _ in range(2):
             before = sleeps(number)
@@ -161,13 +162,13 @@ def vm(tmp_path: Path) -> Iterator[Supervised]:
 
 @pytest.mark.parametrize(("last", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", -9), ("kill -2 $$", -2)])
 async def test_record_has_process_numbers_and_exit_status(vm: Supervised, last: str, status: int) -> None:
-    assert supervisor.read_record(vm.path) == Record()
+    assert supervised.read_record(vm.path) == Record()
     assert not is_locked(vm.path)
     fifo = vm.home / "fifo"
     os.mkfifo(fifo)
     go = os.open(fifo, os.O_RDWR)
     vm.start("/bin/sh", "-c", f"echo begins; read line < {fifo}; echo ends >&2; {last}")
-    running = supervisor.read_record(vm.path)
+    running = supervised.read_record(vm.path)
     assert running == Record(running.supervisor, running.child)
     assert vm.runs()
     # A session of its own, a group for the VM, and no directory that is kept in use.
@@ -190,13 +191,13 @@ async def test_record_has_process_numbers_and_exit_status(vm: Supervised, last: 
 @pytest.mark.parametrize("content", ["", "12", "12 x", "12 13 x", "12 13 0 else", "1 2 3 stop 5", "\0" * 64, "é"])
 def test_incomplete_record_is_read_as_empty(tmp_path: Path, content: str) -> None:
     (tmp_path / "vm.run").write_text(content)
-    assert supervisor.read_record(tmp_path / "vm.run") == Record()
+    assert supervised.read_record(tmp_path / "vm.run") == Record()
 
 
 @pytest.mark.parametrize("content", ["1 13\n", "12 1\n", "0 13\n", "-12 13\n", "12 -1\n", "1 1\n0 stop\n"])
 def test_record_with_numbers_of_no_supervisor_is_read_as_empty(tmp_path: Path, content: str) -> None:
     (tmp_path / "vm.run").write_text(content)
-    assert supervisor.read_record(tmp_path / "vm.run") == Record()
+    assert supervised.read_record(tmp_path / "vm.run") == Record()
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
@@ -204,16 +205,16 @@ def test_record_that_others_can_write_is_read_as_empty(tmp_path: Path, mode: int
     path = tmp_path / "vm.run"
     path.write_text("12 13\n")
     path.chmod(mode)
-    assert supervisor.read_record(path) == Record()
+    assert supervised.read_record(path) == Record()
     path.chmod(0o644)
-    assert supervisor.read_record(path) == Record(12, 13)
+    assert supervised.read_record(path) == Record(12, 13)
 
 
 def test_record_of_another_user_is_read_as_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vm.run").write_text("12 13\n")
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    assert supervisor.read_record(tmp_path / "vm.run") == Record()
+    assert supervised.read_record(tmp_path / "vm.run") == Record()
 
 
 # An upgraded worker adopts VMs whose supervisors are of the version before.
@@ -228,12 +229,12 @@ def test_record_of_another_user_is_read_as_empty(tmp_path: Path, monkeypatch: py
 )
 def test_record_format_is_stable(tmp_path: Path, content: str, record: Record) -> None:
     (tmp_path / "vm.run").write_text(content)
-    assert supervisor.read_record(tmp_path / "vm.run") == record
+    assert supervised.read_record(tmp_path / "vm.run") == record
 
 
 async def test_next_run_replaces_record_and_log(vm: Supervised) -> None:
     await vm.start_guest(POLITE)
-    os.kill(supervisor.read_record(vm.path).supervisor, signal.SIGTERM)
+    os.kill(supervised.read_record(vm.path).supervisor, signal.SIGTERM)
     first = await vm.wait_ended()
     vm.start("/bin/true")
     second = await vm.wait_ended()
@@ -288,7 +289,7 @@ def test_file_that_can_not_be_written_is_named(vm: Supervised, which: str) -> No
 async def test_second_supervisor_of_a_vm_is_refused(vm: Supervised) -> None:
     record = await vm.start_guest(POLITE)
     assert vm.try_start("/bin/true") == (1, "the VM is already running\n")
-    assert supervisor.read_record(vm.path) == record
+    assert supervised.read_record(vm.path) == record
     assert vm.log.read_text() == "up\n"
     assert vm.runs()
 
@@ -375,7 +376,7 @@ async def test_killed_supervisor_releases_its_lock_and_leaves_the_vm(vm: Supervi
     record = await vm.start_guest(POLITE)
     os.kill(record.supervisor, signal.SIGKILL)
     await eventually(lambda: not is_locked(vm.path))
-    assert supervisor.read_record(vm.path) == record
+    assert supervised.read_record(vm.path) == record
     assert processes_in(vm.home) == [record.child]
 
 
@@ -467,7 +468,7 @@ def test_leased_vm_is_not_started_without_a_valid_lease(vm: Supervised, content:
 
 def test_written_lease_is_read_back(tmp_path: Path) -> None:
     for times in ((1.5, 2.25), (-3.0, 123456789.5), supervisor.NEVER, (0.0, 0.0)):
-        supervisor.write_lease(tmp_path / "lease", *times)
+        supervised.write_lease(tmp_path / "lease", *times)
         assert supervisor.read_lease(tmp_path / "lease") == times
     assert (tmp_path / "lease").stat().st_mode & 0o777 == 0o600
 

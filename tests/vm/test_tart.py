@@ -31,7 +31,7 @@ from orchard.resources.validation import vm_from_client
 from orchard.schema import VM, HostDir, VMSpec, Worker
 from orchard.tart import TartDriver, find_tart
 from orchard.transitions import assign, change
-from orchard.vm import supervisor
+from orchard.vm import supervised
 from orchard.vm.driver import (
     DriverError,
     Hardware,
@@ -460,7 +460,7 @@ async def test_starting_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) ->
         async with trio.open_nursery() as nursery:
             await nursery.start(driver.run, "vm", VMSpec())
             await eventually((tmp_path / "held").exists)
-            os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor, signal.SIGKILL)
+            os.kill(supervised.read_record(tmp_path / "driver" / "vm.run").supervisor, signal.SIGKILL)
 
     with pytest.raises(DriverError, match=r"^the supervisor of the VM was killed$"), unwrap_groups():
         await run_until_the_supervisor_is_killed()
@@ -476,7 +476,7 @@ async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, mo
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", VMSpec(suspendable=True))
         await driver.ip("vm")
-        number = supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor
+        number = supervised.read_record(tmp_path / "driver" / "vm.run").supervisor
         os.kill(number, signal.SIGSTOP)
         suspended = trio.Event()
 
@@ -900,7 +900,7 @@ async def test_guest_killed_from_outside_fails_the_run(tmp_path: Path, nursery: 
 
     async def kill() -> None:
         await eventually(partial(answers, driver))
-        os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").child, signal.SIGKILL)
+        os.kill(supervised.read_record(tmp_path / "driver" / "vm.run").child, signal.SIGKILL)
 
     nursery.start_soon(kill)
     with pytest.raises(DriverError, match="tart run failed with exit status -9"):
