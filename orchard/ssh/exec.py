@@ -48,6 +48,9 @@ DEFAULT_ROWS, DEFAULT_COLS = 24, 80
 MAX_VM_COMMANDS = 64
 MAX_SENDER_COMMANDS = 32
 
+# How long output is waited for in all after a command has ended.
+REST_SECONDS = 2.0  # seconds
+
 _TERMINAL = "xterm-256color"
 _LOST = "the connection to the VM was lost"
 
@@ -246,7 +249,7 @@ class _Bridge:
         import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 
         read = trio_asyncio.aio_as_trio(source.read)
-        remaining = RemainingOutput()
+        remaining = RemainingOutput(REST_SECONDS)
         self._readers.append(remaining)
         while data := await remaining.read(read):
             await self._frames.send(kind, data=base64.b64encode(data).decode())

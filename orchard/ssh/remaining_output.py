@@ -6,8 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-# Bounds on the output after a command has ended: the total time of waiting, and the bytes that are sent.
-REST_SECONDS = 2.0  # seconds
+# The most bytes that are read after a command has ended.
 REST_BYTES = 8 * 1024 * 1024  # bytes
 # The most output in one read.
 _READ_BYTES = 64 * 1024  # bytes
@@ -17,12 +16,11 @@ class RemainingOutput:
     """Bounds what is read from a stream after its command has ended.
 
     A process in the background may hold the stream open, and may even write to it. Only the time in which nothing comes
-    counts, so that a slow client gets all that the command itself has written.
+    counts, in all at most `seconds`, so that a slow client gets all that the command itself has written.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """`seconds` is REST_SECONDS unless it is given."""
-        self._seconds = REST_SECONDS if seconds is None else seconds
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._bytes = REST_BYTES
         self._has_begun = False
         self._scope = trio.CancelScope()

@@ -451,12 +451,10 @@ class _Talk:
 
 @dataclass(frozen=True, slots=True)
 class SSHServer:
-    """Where the SSH server of a VM is, and how long to wait for it and for its account, in seconds."""
+    """Where the SSH server of a VM is."""
 
     host: str
     port: int = 22
-    connect_seconds: float = CONNECT_SECONDS
-    password_seconds: float = PASSWORD_SECONDS
     # Opens the connection that ssh uses; None: ssh opens it.
     dial: Dial | None = None
 
@@ -482,9 +480,9 @@ def ssh_command(program: str, host: str, port: int, username: str) -> list[str]:
 async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, program: str = "ssh") -> None:
     """Run a script in the login shell of `script.username`, and return when it has ended with exit status 0.
 
-    Tries until SSH answers, at most `server.connect_seconds`, and until the password is accepted, at most
-    `server.password_seconds`. Raises ScriptFailed for another exit status, another DriverError when the script did not
-    begin or the connection was lost, and what `on_line` raises.
+    Tries until SSH answers, at most CONNECT_SECONDS, and until the password is accepted, at most PASSWORD_SECONDS.
+    Raises ScriptFailed for another exit status, another DriverError when the script did not begin or the connection was
+    lost, and what `on_line` raises.
     """
     wrapped = WrappedScript.wrap(script)
     login = f"{script.username}@{server.host}:{server.port}"
@@ -497,7 +495,7 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     refused_at = math.inf
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchard-ssh-")))
-        patience = stack.enter_context(trio.move_on_after(server.connect_seconds))
+        patience = stack.enter_context(trio.move_on_after(CONNECT_SECONDS))
         via: list[str] = []
         if server.dial is not None:
             via = await stack.enter_async_context(offered(server.dial, server.host, server.port, directory))
@@ -511,11 +509,11 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
                 return
             if "Permission denied" in complaint:
                 refused_at = min(refused_at, trio.current_time())
-                if trio.current_time() - refused_at >= server.password_seconds:
+                if trio.current_time() - refused_at >= PASSWORD_SECONDS:
                     raise DriverError(f"cannot run the {script.kind} script: {login} refuses the password: {complaint}")
             await trio.sleep(pause)
     raise DriverError(
-        f"cannot run the {script.kind} script: no SSH at {login} within {server.connect_seconds:g} seconds: {complaint}"
+        f"cannot run the {script.kind} script: no SSH at {login} within {CONNECT_SECONDS:g} seconds: {complaint}"
     )
 
 

@@ -240,7 +240,7 @@ async def test_names_in_frames_have_any_case(ssh_port: int) -> None:
 
 
 async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remaining_output, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(vm_exec, "REST_SECONDS", 0.1)
     monkeypatch.setattr(remaining_output, "REST_BYTES", 100_000)
     # As OpenSSH does it: the status of the command at its end, the end of the output when the last process closes it.
     rest = {"silent": b"", "chatty": b"x", "flooding": b"x" * 60_000}
@@ -267,7 +267,7 @@ async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: 
 async def test_slow_client_gets_all_output_of_a_command_that_has_ended(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remaining_output, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(vm_exec, "REST_SECONDS", 0.1)
     send = vm_exec._Frames.send
 
     async def slow(frames: Any, kind: str, **content: Any) -> None:

@@ -538,9 +538,12 @@ async def test_password_with_line_break_or_nul_is_refused() -> None:
 
 @pytest.mark.parametrize("password", ["-n $HOME `id` \"'\\ %s *", " é "])
 @pytest.mark.needs("ssh")
-async def test_password_with_special_characters_is_passed_unchanged(password: str) -> None:
+async def test_password_with_special_characters_is_passed_unchanged(
+    password: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_script, "PASSWORD_SECONDS", 0.0)
     with ssh_server(SSHD_PASSWORD=password) as (_, port):
-        assert await run(SSHServer("127.0.0.1", port, password_seconds=0), "echo in", password=password) == ["in"]
+        assert await run(port, "echo in", password=password) == ["in"]
 
 
 def command_lines() -> list[str]:
