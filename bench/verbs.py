@@ -3,7 +3,7 @@
     ./run bench verbs [--rounds N] [--pyz FILE]
 
 They ask a controller without TLS that has one VM. The comparison is a Python that does nothing, with the modules of its
-start. `--pyz` measures an orchard.pyz (`./run pyz`) in place of this clone.
+start. The standard library alone, with argparse and http.client, sends the request of `list vms` and no more. `--pyz` measures an orchard.pyz (`./run pyz`) in place of this clone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from orchard.cli.context import Context
 
 # Verbs that need nothing, http.client, and trio with a WebSocket. The tunnel is refused, because the VM does not run.
 VERBS = ("version --client", "list vms", "__tunnel --wait 1 vm 22")
+LEAST = """\
+import argparse, http.client, json
+parser = argparse.ArgumentParser()
+parser.add_argument("address")
+connection = http.client.HTTPConnection(parser.parse_args().address)
+connection.request("GET", "/v1/vms")
+json.loads(connection.getresponse().read())
+"""
 
 
 def main() -> None:
@@ -45,9 +53,10 @@ def main() -> None:
         variants = [
             Variant(f"orchard {verb}", partial(run, *program, *verb.split()), 1, cpu_of_children) for verb in VERBS
         ]
-        compare(
-            *variants, Variant("python -c pass", partial(run, "-c", "pass"), 1, cpu_of_children), count=options.rounds
-        )
+        least = partial(run, "-c", LEAST, f"127.0.0.1:{server.port}")
+        variants.append(Variant("argparse and http.client", least, 1, cpu_of_children))
+        variants.append(Variant("python -c pass", partial(run, "-c", "pass"), 1, cpu_of_children))
+        compare(*variants, count=options.rounds)
 
 
 if __name__ == "__main__":
