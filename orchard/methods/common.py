@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from orchard.codec import ValidationError, decode, parse_json
-from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
+from orchard.net.transport import ClientError, Transport, excerpt
 from orchard.resources.filters import FieldCondition
 from orchard.schema import (
     CONDITION_WRITERS,
@@ -88,16 +88,6 @@ def url_path(*segments: str) -> str:
         # With an empty name it would be the path of all objects.
         raise ValueError(f"a name is empty, expected one of {segments[0]}")
     return "".join("/" + quote(segment, safe="") for segment in segments)
-
-
-def list_of_names(answer: ClientResponse, field: str) -> list[str]:
-    """Return the list of texts in a field of an answer. Raises ClientError."""
-    match answer.json():
-        case {**fields} if isinstance(names := fields.get(field), list) and all(
-            isinstance(name, str) for name in names
-        ):
-            return names
-    raise ClientError(f"the answer is {excerpt(answer.body)}, expected an object with a list {field}")
 
 
 def filter_query(conditions: Conditions | None, worker: str | None = None) -> dict[str, str]:

@@ -21,7 +21,6 @@ from orchard.methods.common import (
     decode_answer,
     decode_answers,
     filter_query,
-    list_of_names,
     url_path,
 )
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
@@ -29,7 +28,7 @@ from orchard.methods.lines import Absence, AfterRefusal, JSONLines, ResumingLine
 from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
 from orchard.net.urls import SERVER_ERRORS
 from orchard.net.websocket import TunnelStream
-from orchard.resources.bodies import IP, VMAccessToken
+from orchard.resources.bodies import IP, BulkDeletion, VMAccessToken
 from orchard.schema import VM, Event, VMSpec
 
 # Events that one request fetches.
@@ -141,7 +140,7 @@ class VMs(ResourceMethods):
         Raises ResponseError: 400 for a filter that every VM may match.
         """
         query = {**filter_query(filter), **({"dryRun": "true"} if dry_run else {})}
-        return list_of_names(await self._transport.request("DELETE", "/vms", query=query), "deleted")
+        return list((await self._fetch(BulkDeletion, "DELETE", "/vms", query=query)).deleted)
 
     async def restart(self, name: str) -> VM:
         """Request that a VM is ended and started anew from its image, whatever its restart policy. Return the VM.
