@@ -82,7 +82,8 @@ from orchard.vm.driver import Driver, DriverError
 from orchard.vm.host import check_dhcp_lease, machine_id
 from orchard.vm.synthetic import IMAGE_HELP, SyntheticDriver
 from orchard.vm.vm_connections import ConnectorProcess, Dial
-from orchard.work.heartbeat import LOGIN_REMEDY, FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
+from orchard.work.failures import LOGIN_REMEDY, FailureLog, backoff_seconds, is_permanent
+from orchard.work.heartbeat import Heartbeats, Lease
 from orchard.work.leftovers import RefusedError
 from orchard.work.memory import ClusterMemory, read_instance_id
 from orchard.work.reconciler import Reconciler

@@ -21,7 +21,8 @@ from orchard.schema import TART_VMS, VMSpec
 from orchard.vm import ending
 from orchard.vm.driver import DriverError, LocalVM
 from orchard.work import reconciler
-from orchard.work.heartbeat import FailureLog, HealthLog
+from orchard.work.failures import FailureLog
+from orchard.work.heartbeat import HealthLog
 from orchard.work.leftovers import RefusedError
 from orchard.work.memory import ClusterMemory, read_instance_id
 

@@ -36,7 +36,8 @@ from orchard.vm.instance_state import Note
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.work import heartbeat
 from orchard.work import requests as worker_requests
-from orchard.work.heartbeat import LastSeenClock, Lease, backoff_seconds
+from orchard.work.failures import backoff_seconds
+from orchard.work.heartbeat import LastSeenClock, Lease
 from orchard.work.leftovers import RefusedError
 from orchard.work.reconciler import SYNC_ACTIONS, VM_LOST
 from orchard.worker import WorkerService, host_resources, worker_parser

@@ -1,5 +1,4 @@
 """A worker's heartbeats: `last_seen`, the leases that they renew, and the health and facts of the host that they carry.
-Also the pauses and log lines between attempts to connect.
 
 Each heartbeat that the controller answers renews the leases of VMs that the controller would start elsewhere after this
 worker goes offline. A lease is counted from the sending of the heartbeat and is shorter than the controller's offline
@@ -27,8 +26,7 @@ import trio
 
 from orchard import __version__
 from orchard.base.nursery import Wakeup
-from orchard.client import Client, ClientError, ConnectError, ResponseError
-from orchard.net.tls import NotTrustedError
+from orchard.client import Client
 from orchard.resources.cluster import (
     IMAGE_INVENTORY,
     CachedImage,
@@ -55,16 +53,6 @@ _DEFAULT_OFFLINE_TIMEOUT = 180.0
 _HEARTBEATS_PER_LEASE = 8
 # Shares of the offline timeout after which leased VMs are told to shut down, and killed.
 _SOFT_SHARE, _HARD_SHARE = 0.75, 0.95
-# Pauses between attempts double from the first to the last: a worker is back within two seconds of the controller.
-_FIRST_PAUSE, _LAST_PAUSE = 0.1, 1.5  # seconds
-# The random share of a pause, so that a thousand workers do not return at once.
-_JITTER = 0.5
-# The longest pause after a failure that only an operator can mend.
-_LAST_PERMANENT_PAUSE = 20.0  # seconds
-# A bootstrap token carries the login of an account and the certificate of its controller.
-LOGIN_REMEDY = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
-# The least interval of log lines about the same failure.
-_LOG_SECONDS = 60.0
 # Interval of checking the disk and the version of the hypervisor command.
 _HOST_SECONDS = 15.0
 # The images are sent again within this time after the beginning of a session.
@@ -311,57 +299,3 @@ class Heartbeats:
         # Otherwise another client has written a later time, and this request did not count as a heartbeat.
         if answer.last_seen == last_seen:
             self._lease.renew(sent)
-
-
-class FailureLog:
-    """Logs why there is no session with the controller: the first failure, each new reason, and one line a minute.
-
-    A failure that trying again cannot mend is logged once.
-    """
-
-    def __init__(self, worker: str, clock: Callable[[], float]) -> None:
-        """`clock` returns seconds of a clock that is never set."""
-        self._worker = worker
-        self._clock = clock
-        self._reason = ""
-        self._logged_at = -math.inf
-
-    def clear(self) -> None:
-        self._reason = ""
-
-    def note(self, error: ClientError) -> None:
-        reason, now = str(error), self._clock()
-        if reason == self._reason and (is_permanent(error) or now < self._logged_at + _LOG_SECONDS):
-            return
-        self._reason, self._logged_at = reason, now
-        lost = isinstance(error, ConnectError)
-        message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
-        is_outdated = _is_not_trusted(error) or (isinstance(error, ResponseError) and error.status == 401)
-        remedy = {"remedy": LOGIN_REMEDY} if is_outdated else {}
-        _logger.warning(message, extra={"worker": self._worker, "reason": reason, **remedy})
-
-
-def is_permanent(error: Exception) -> bool:
-    """Return whether an error stays until an operator changes something.
-
-    The credentials are refused, the name belongs to another worker, or the certificate is not the expected one.
-    """
-    if isinstance(error, ResponseError):
-        return error.status in (401, 403, 409)
-    return _is_not_trusted(error)
-
-
-def _is_not_trusted(error: Exception) -> bool:
-    return isinstance(error.__cause__, NotTrustedError)
-
-
-def backoff_seconds(failures: int, chance: float, *, permanent: bool = False) -> float:
-    """Return the seconds to pause before the next attempt, after so many failures in a row; `chance` is from 0 to 1.
-
-    0 failures: a session has ended that had succeeded, maybe at the same moment as those of a thousand other workers.
-    `permanent`: only an operator can mend the failure, so there is no hurry.
-    """
-    last = _LAST_PERMANENT_PAUSE if permanent else _LAST_PAUSE
-    if failures == 0:
-        return _LAST_PAUSE * chance
-    return float(min(last, _FIRST_PAUSE * 2 ** min(failures, 10)) * (1 - _JITTER * chance))

@@ -21,7 +21,7 @@ from orchard.resources.cluster import VM_READY, VM_RESTART
 from orchard.resources.stored_json import encode
 from orchard.schema import VM, Event, Status
 from orchard.vm.instance import Instance
-from orchard.work.heartbeat import backoff_seconds
+from orchard.work.failures import backoff_seconds
 
 _logger = logging.getLogger("orchard.worker")
 
