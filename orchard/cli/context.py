@@ -15,14 +15,13 @@ what the existing command writes. ORCHARD_URL, ORCHARD_SERVICE_ACCOUNT_NAME and 
 it.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: NamedTuple would compile each annotation at each start of the command.
 import base64
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from orchard.cli.failure import CommandError
 
@@ -53,15 +52,15 @@ class Contexts(NamedTuple):
     default: str = ""
     by_name: Mapping[str, Context] = MappingProxyType({})
 
-    def with_context(self, name: str, context: Context) -> Contexts:
+    def with_context(self, name: str, context: Context) -> Self:
         """Return the contexts with one more, or with another one of that name. The first one becomes the default."""
-        return Contexts(self.default or name, {**self.by_name, name: context})
+        return self._replace(default=self.default or name, by_name={**self.by_name, name: context})
 
-    def without(self, name: str) -> Contexts:
+    def without(self, name: str) -> Self:
         """Return the contexts without one. Raises CommandError if there is none of that name."""
         self.find(name)
         left = {other: context for other, context in self.by_name.items() if other != name}
-        return Contexts("" if self.default == name else self.default, left)
+        return self._replace(default="" if self.default == name else self.default, by_name=left)
 
     def find(self, name: str) -> Context:
         """Return a context. Raises CommandError."""

@@ -4,8 +4,7 @@ Existing programs parse what `list` and `get` print: the first column of `list` 
 workers` is `true` or `false`, and `get KIND NAME/FIELD` prints the bare value of a field.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: NamedTuple would compile each annotation at each start of the command.
 import argparse
 import json
 import re

@@ -1,7 +1,6 @@
 """The options of `create vm` and `update vm` that are fields of a VM, in one table."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: NamedTuple would compile each annotation at each start of the command.
 import argparse
 import re
 from collections.abc import Callable, Mapping

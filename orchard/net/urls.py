@@ -6,8 +6,7 @@ also hold networks such as 10.0.0.0/8. Loopback addresses and `localhost` are re
 This file imports neither trio nor h11 nor dataclasses, since the command's verbs read URLs before anything else.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: NamedTuple would compile each annotation at each start of the command.
 import base64
 import ipaddress
 from collections.abc import Iterable, Mapping
