@@ -40,7 +40,7 @@ class UnsyncedDisk(Disk):
         pass
 
 
-async def run_inline(work: Callable[..., Any], *arguments: Any) -> Any:
+async def run_inline(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
     await trio.lowlevel.checkpoint()
     return work(*arguments)
 

@@ -37,8 +37,8 @@ class FileEngine:
     ) -> None:
         self._file = StateFile(directory, disk or Disk())
         self._in_thread = in_thread
-        # The state file is not thread-safe.
-        self._lock = trio.Lock()
+        # The state file is not thread-safe. A lock would cost each write another turn of the event loop.
+        self._one_thread = trio.CapacityLimiter(1)
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
         self._became_full = Wakeup()
@@ -70,11 +70,10 @@ class FileEngine:
     async def _call(self, work: Callable[..., None], *arguments: Any) -> None:
         # Shielded: the write goes on in its thread, and must not be reported as undone.
         with trio.CancelScope(shield=True):
-            async with self._lock:
-                try:
-                    await self._in_thread(work, *arguments)
-                finally:
-                    self._follow_full()
+            try:
+                await self._in_thread(work, *arguments, limiter=self._one_thread)
+            finally:
+                self._follow_full()
 
     def _follow_full(self) -> None:
         """Log when the disk has become full or has space again."""

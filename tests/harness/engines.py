@@ -108,7 +108,7 @@ def make_sited(name: str, directory: Path) -> Sited:
     return Sited(RealEtcdSite(directory), False)
 
 
-async def call_directly(work: Callable[..., Any], *arguments: Any) -> Any:
+async def call_directly(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
     await trio.lowlevel.checkpoint()
     return work(*arguments)
 

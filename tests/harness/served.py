@@ -239,7 +239,7 @@ class Sender:
         return False
 
 
-async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+async def at_once(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
     """Do blocking work where it is asked for: the clock of a test would jump while a thread does it."""
     await trio.lowlevel.checkpoint()
     return work(*arguments)

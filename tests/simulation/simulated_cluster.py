@@ -388,7 +388,7 @@ class SimulatedCluster:
 
     @asynccontextmanager
     async def _open_data(self, process: Process, directory: Path) -> AsyncIterator[controller.StoredData]:
-        async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+        async def in_thread(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
             asked_at = trio.current_time()
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.wait_thawed()

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from orchard.base.files import STATE_FILE
+from orchard.base.files import RESERVE_FILE, STATE_FILE
 from orchard.base.nursery import unwrap_groups
 from orchard.codec import dump_json
 from orchard.storage import file_engine, state_file
@@ -258,7 +258,28 @@ async def test_failed_compaction_is_postponed(tmp_path: Path, monkeypatch: pytes
         assert read(tmp_path).json == store.state.json
 
 
-async def run_inline(work: Callable[..., Any], *arguments: Any) -> Any:
+async def test_upkeep_of_a_full_disk_waits_for_the_append_under_way(tmp_path: Path) -> None:
+    disk, reserve = HeldDisk(), tmp_path / RESERVE_FILE
+    engine = file_engine.FileEngine(tmp_path, disk)
+    await engine.load()
+    await engine.begin({}, BEGAN)
+    reserve.unlink()
+    async with trio.open_nursery() as nursery:
+        with disk.held():
+            nursery.start_soon(engine.append, batch(1, "a"))
+            await trio.testing.wait_all_tasks_blocked()
+            engine.full = "no space"
+            nursery.start_soon(engine.run)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not reserve.exists()
+        # The append has found space, so only the upkeep that waited for it fills the reserve.
+        while not reserve.exists():
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    engine.close()
+
+
+async def run_inline(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
     """Run work without a thread. The mock clock would jump while a thread works."""
     await trio.lowlevel.checkpoint()
     return work(*arguments)
