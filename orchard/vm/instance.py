@@ -243,14 +243,14 @@ class Instance:
                 self._note = replace(self._note, hardware=hardware_of(vm))
                 await self._host.driver.configure(self.name, self._note.hardware)
             if vm.spec.power_state == "running":
-                spec = await self._resolved(vm.spec)
+                spec, shutdown = await self._resolved(vm.spec), self._shutdown
                 self._write(
                     replace(
                         self._note,
                         generation=vm.meta.generation,
                         suspendable=vm.spec.suspendable,
-                        shutdown=self._shutdown,
-                        resources=None if self._shutdown is None else dict(vm.spec.resources),
+                        shutdown=shutdown,
+                        resources=None if shutdown is None else dict(vm.spec.resources),
                     )
                 )
                 self.state = self.state.after("start")

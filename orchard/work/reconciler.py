@@ -244,17 +244,19 @@ class Reconciler:
             if name in self.instances:
                 self._instruct(self.instances[name], wanted.get(name), action)
         self._lease.set_wanted(_leasable(wanted) | await self._deleted_and_shut_down())
+        waiting: dict[Instance, trio.Event] = {}
         for name, action in actions.items():
             # A VM that is half-made from before is removed first.
             if action == "lost" or (action == "create" and name not in self._leftovers):
-                waiting_for, needed = self._describe_wait(wanted), wanted[name].spec.resources
-                instance = self._new_instance(wanted[name])
+                instance, needed = self._new_instance(wanted[name]), wanted[name].spec.resources
                 if why := VM_LOST if action == "lost" else self._slots.why_never(needed):
                     instance.fail(why)
                     nursery.start_soon(instance.tend)
                 else:
-                    nursery.start_soon(instance.tend, self._slots.add(name, needed), waiting_for)
+                    waiting[instance] = self._slots.add(name, needed)
         self._grant()
+        for instance, slots_free in waiting.items():
+            nursery.start_soon(instance.tend, slots_free, "" if slots_free.is_set() else self._describe_wait(wanted))
         for name, action in actions.items():
             if action == "tell ended" and name not in self._leftovers:
                 await self.reports.tell_ended(wanted[name])
@@ -284,12 +286,14 @@ class Reconciler:
 
     def _grant(self) -> None:
         """Let new VMs begin whose resources are free on this host."""
-        held = [
-            instance.vm.spec.resources
-            for name, instance in self.instances.items()
-            if instance.holds_resources and name not in self._slots
-        ]
+        held = [self.instances[name].vm.spec.resources for name in self._holding()]
         self._slots.grant([*held, *self._leftovers.held()])
+
+    def _holding(self) -> list[str]:
+        """Return the local names of the VMs that hold resources of this host."""
+        return [
+            name for name, instance in self.instances.items() if instance.holds_resources and name not in self._slots
+        ]
 
     async def _fetch_wanted(self) -> dict[str, VM]:
         """Return the VMs that are assigned to this worker, by their local names.
@@ -304,7 +308,7 @@ class Reconciler:
         return {vm.tart_name: vm for vm in vms}
 
     def _describe_wait(self, wanted: Mapping[str, VM]) -> str:
-        """Return what a new VM waits for, if it has to wait: VMs that still run here and that the controller has given up.
+        """Return what a new VM waits for: VMs that still run here and that the controller has given up.
 
         The scheduler has already reassigned their slots. A VM that failed on its own keeps its slot until the failure
         is reported, so it is not among them.
@@ -315,9 +319,7 @@ class Reconciler:
             if instance.ending and _sync_state(wanted.get(name)) in ("absent", "failed")
         ]
         # A worker that was restarted may offer less than the scheduler counted on, so that others hold what is needed.
-        holding = [*ending, *self._leftovers.running] or [
-            name for name, instance in self.instances.items() if instance.holds_resources
-        ]
+        holding = [*ending, *self._leftovers.running] or self._holding()
         names = sorted(map(vm_name_of, holding))[:_MAX_NAMED]
         return f"waiting for {', '.join(map(shown, names))} to end"
 
