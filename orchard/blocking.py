@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import trio
@@ -72,9 +72,9 @@ class Portal:
         """Call an asynchronous function in the thread, and return its result. Raises what it raises."""
         return trio.from_thread.run(function, trio_token=self._token)
 
-    def start(self, function: Callable[[trio.TaskStatus[None]], Awaitable[None]]) -> None:
+    def start(self, function: Callable[..., Awaitable[None]]) -> None:
         """Run a task in the thread until the end of the block. Return when it has started. Raises what it raises before."""
-        self.call(lambda: self._holding.start(lambda task_status: function(task_status)))
+        self.call(partial(self._holding.start, function))
 
     def hold(self, manager: AbstractAsyncContextManager[EnteredT]) -> HeldContext[EnteredT, EnteredT]:
         """Return an ordinary context manager that enters and leaves an asynchronous one, and has the same value."""
@@ -110,7 +110,7 @@ class HeldContext(AbstractContextManager[WrappedT, bool], Generic[EnteredT, Wrap
             raise self._error
         return self._block_error is not None and self._error is None
 
-    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         try:
             async with self._manager as value:
                 self._entered.append(value)

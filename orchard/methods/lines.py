@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import trio
@@ -98,9 +97,7 @@ class ResumingLines:
         await self._open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     async def take(self) -> Mapping[str, Any] | None:

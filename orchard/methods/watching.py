@@ -106,9 +106,7 @@ class WatchReader:
 
 
 @asynccontextmanager
-async def watch_all(
-    transport: Transport, query: Mapping[str, str]
-) -> AsyncIterator[AsyncIterator[WatchedChange]]:  # fmt: skip
+async def watch_all(transport: Transport, query: Mapping[str, str]) -> AsyncIterator[AsyncIterator[WatchedChange]]:
     """Follow all changes for the time of the block. Yields an iterator of them, which does not end. Raises ResponseError."""
     reader = WatchReader(query)
     due: deque[WatchedChange] = deque()
