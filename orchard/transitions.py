@@ -56,7 +56,7 @@ class TransitionError(Exception):
 
 
 class StaleReportError(Exception):
-    """A worker's report is about another VM of that name, or about an earlier run."""
+    """A worker's report is about another VM of that name, about an earlier run, or about a VM that has no worker."""
 
 
 def create(
@@ -308,6 +308,8 @@ def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
 
 
 def _check_run(vm: VM, seen: VMReport) -> None:
+    if not vm.state.worker:
+        raise StaleReportError(f'VM "{vm.name}" has no worker, expected a report of its worker')
     uid, run = seen.uid or vm.uid, seen.restart_count
     if run is None:
         # A Go client that names the uid leaves a count of zero out.

@@ -247,11 +247,22 @@ async def test_state_report_changes_only_the_workers_fields(api: Served) -> None
 
 
 async def test_state_report_about_another_run_is_not_found(api: Served) -> None:
-    vm = await api.create("vm")
+    await api.create("vm")
+    api.assign("vm")
+    vm = await api.ok("GET", "/vms/vm")
     for stale in ({"uid": "other"}, {"uid": vm["uid"], "restart_count": 1}):
         refusal = await api.call("PUT", "/vms/vm/state", {**stale, "status": "running"})
         assert refusal.status == 404, stale
     assert (await api.call("PUT", "/vms/none/state", {"status": "running"})).status == 404
+    assert await api.ok("GET", "/vms/vm") == vm
+
+
+@pytest.mark.parametrize(("path", "agent"), [("/vms/vm/state", None), ("/vms/vm", "Orchard/0.43.2-abcdef")])
+async def test_state_report_about_a_vm_without_a_worker_is_not_found(api: Served, path: str, agent: str | None) -> None:
+    vm = await api.create("vm")
+    for status in ("pending", "running", "failed"):
+        refusal = await api.call("PUT", path, {"uid": vm["uid"], "status": status}, agent=agent)
+        assert (refusal.status, '"vm"' in refusal.message) == (404, True)
     assert await api.ok("GET", "/vms/vm") == vm
 
 
@@ -577,7 +588,7 @@ async def test_fields_that_only_a_newer_version_knows_stay_stored(tmp_path: Path
         journal.create(snapshot_lines(with_new, revision, BEGAN))
         journal.close()
         async with served(tmp_path) as api:
-            api.schedule()
+            api.assign("vm")
             await api.ok("PUT", "/vms/vm/state", {"uid": vm["uid"], "status": "running"})
             await api.ok("PUT", "/vms/vm", {"headless": True})
             await api.ok("PATCH", "/vms/vm", {"cpu": 3, "newField": "of a client"})

@@ -18,15 +18,15 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from harness.clients import call, connect_http
+from harness.clients import call, connect_http, connected_worker
 from harness.disks import FailingDisk
-from harness.processes import GENEROUS, ORCHARD, PLAIN, call_main, controller, finished
+from harness.processes import GENEROUS, ORCHARD, PLAIN, at_last, call_main, controller, finished
 
 from orchard import auth
 from orchard import controller as program
 from orchard.decisions.login_limit import MAX_FAILURES
 from orchard.net import tls
-from orchard.schema import ServiceAccount
+from orchard.schema import TART_VMS, ServiceAccount
 from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History, history_file
@@ -135,7 +135,7 @@ def test_each_request_is_logged_on_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_what_workers_repeat_is_logged_at_debug(tmp_path: Path, debug: bool) -> None:
-    worker = {"name": "w", "machine_id": "m"}
+    worker = {"name": "w", "machine_id": "m", "resources": {TART_VMS: 1}}
     event = {"kind": "log_line", "payload": "x", "timestamp": 1}
     routine = [
         ("GET", "/v1/vms?filter=worker=w", None),
@@ -146,15 +146,19 @@ def test_what_workers_repeat_is_logged_at_debug(tmp_path: Path, debug: bool) -> 
     ]
     others = [
         ("POST", "/v1/workers", worker),
-        ("POST", "/v1/vms", {"name": "vm", "image": "any"}),
+        ("POST", "/v1/vms", {"name": "other", "image": "any"}),
         ("GET", "/v1/vms/none", None),
         ("PUT", "/v1/workers/w", {**worker, "scheduling_paused": True}),
     ]
     with controller(*PLAIN, *["--debug"] * debug, home=tmp_path) as (role, url):
+        with connected_worker(url, "w"):
+            assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
+            at_last(lambda: call(url, "GET", "/v1/vms/vm")[1].get("worker") == "w")
+        before = len(role.log.read_text())
         statuses = [call(url, *request)[0] for request in (*others, *routine)]
         assert statuses == [200, 200, 404, *[200] * 6]
         role.stop()
-    logged = re.findall(r"level=(\w+) .* msg=request method=(\w+) path=(\S+)", role.log.read_text())
+    logged = re.findall(r"level=(\w+) .* msg=request method=(\w+) path=(\S+)", role.log.read_text()[before:])
     expected = [("info", method, path) for method, path, _ in others]
     expected += [("debug", method, path.partition("?")[0]) for method, path, _ in routine] * debug
     assert logged == expected

@@ -352,6 +352,8 @@ async def test_lifecycle_is_kept_over_a_restart(tmp_path: Path) -> None:
 async def test_lifecycle_of_a_vm_that_restarts_without_end_is_bounded(api: Served) -> None:
     vm = await start(api, restart_policy="OnFailure")
     for count in range(MAX_LIFECYCLE):
+        if count:
+            api.assign("vm")
         await report(api, vm, restart_count=count, **FAILED)
         with api.store.transaction() as tx:
             tx.put(transitions.restart(api.state.vms["vm"], BEGAN))

@@ -21,6 +21,7 @@ from orchard.handlers.admission import Admitted, is_old_worker, liveness_source,
 from orchard.handlers.answers import http_error, vm_is_gone
 from orchard.handlers.parameters import read_choice, read_count, read_flag, read_number
 from orchard.handlers.watch import watch_kinds
+from orchard.handlers.workers import speak_for
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
 from orchard.resources import validation
 from orchard.resources.bodies import BulkDeletion, VMReport
@@ -298,8 +299,11 @@ def _report(
 ) -> AnyResponse:
     """Apply a worker's report. The answer is the VM: existing workers end their session on any other answer."""
     old = api.find_vm(admitted)
-    report = read_body(admitted, read)
-    api.put(transitions.report(old, report, api.parts.clock()), old)
+    new = transitions.report(old, read_body(admitted, read), api.parts.clock())
+    # After that, since existing workers take no other refusal than 404, and an earlier VM may be another account's.
+    if (worker := api.state.workers.get(old.state.worker)) is not None:
+        speak_for(api, worker, admitted)
+    api.put(new, old)
     return replace(api.answer_vm(old.name), routine=True)
 
 

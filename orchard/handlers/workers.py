@@ -147,7 +147,7 @@ def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     seen, source = wanted.last_seen, liveness_source(request, admitted)
     liveness = api.parts.liveness
     if seen is not None and liveness.is_heartbeat(worker.name, seen):
-        _speak_for(api, worker, admitted)
+        speak_for(api, worker, admitted)
         liveness.record_heartbeat(worker.name, source, seen, settled=wanted.settled, health=wanted.health)
         liveness.facts.record_heartbeat(wanted)
         # Without the images, of which a thousand workers would be sent megabytes a second.
@@ -184,7 +184,7 @@ def cancel_drain(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     return Response(200)
 
 
-def _speak_for(api: API, worker: Worker, admitted: Admitted) -> None:
+def speak_for(api: API, worker: Worker, admitted: Admitted) -> None:
     """Check that a sender is the account that registered a worker. Raises ForbiddenError.
 
     A worker that was stored before accounts were is bound to the first account that speaks for it.
@@ -230,7 +230,7 @@ def say_goodbye(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def _read_worker(api: API, request: Request, admitted: Admitted) -> Worker:
     """Return the worker that a request is from. Raises HTTPError(400, 404), ForbiddenError."""
     worker = found("worker", api.state.workers, read_text(request.query, parameters.WORKER_NAME))
-    _speak_for(api, worker, admitted)
+    speak_for(api, worker, admitted)
     return worker
 
 

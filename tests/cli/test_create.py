@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from harness.clients import connected_worker
 from harness.processes import call_main, command, environment, finished
 from harness.terminals import terminal
 
@@ -170,11 +171,12 @@ def test_access_token_of_a_vm_is_printed(dev: Path, api: ControllerConnection) -
 
 
 def test_pulls_have_a_progress_bar_on_a_terminal_and_lines_elsewhere(dev: Path, api: ControllerConnection) -> None:
-    worker = {"name": "fake", "machine_id": "m", "labels": {"is": "fake"}, "resources": {"org.cirruslabs.tart-vms": 2}}
-    api.call("POST", "/workers", body=worker)
     words = command("", "create", "vm", "vm", "--image", "i", "--labels", "is=fake", "--wait")
     try:
-        with terminal(words, environment(dev), columns=80) as shown:
+        with (
+            connected_worker(api.url, "fake", labels={"is": "fake"}),
+            terminal(words, environment(dev), columns=80) as shown,
+        ):
             shown.read_until("pending")
             vm = api.call("GET", "/vms/vm")
             report = {"uid": vm["uid"], "status": "pending"}

@@ -370,12 +370,12 @@ async def test_unreachable_ports_and_vms_are_refused_before_the_upgrade() -> Non
         assert status == 503
         assert '"big"' in message
         assert "gpu" in message, "the message says what the VM waits for"
-        await c.client.vms.report("big", {"status": "failed", "status_message": "broken"})
-        status, message = await refusal(c, "/vms/big/port-forward", port=port, wait=60)
-        assert (status, '"big"' in message, "broken" in message) == (503, True, True), message
         with pytest.raises(ResponseError) as refused:
             await c.client.request("GET", "/vms/vm/port-forward", query={"port": str(port)})
         assert refused.value.status == 426
+        await c.client.vms.report("vm", {"status": "failed", "status_message": "broken"})
+        status, message = await refusal(c, forward, port=port, wait=60)
+        assert (status, '"vm"' in message, "broken" in message) == (503, True, True), message
 
 
 async def test_port_forward_and_ip_wait_until_the_vm_runs() -> None:

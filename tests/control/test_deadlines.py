@@ -139,6 +139,7 @@ async def test_patch_renews_the_time_to_live_and_put_only_another_one(api: Serve
 
 async def test_time_to_live_is_renewed_on_a_failed_vm(api: Served, autojump_clock: object) -> None:
     vm = await api.create("vm", ttlSeconds=60)
+    api.assign("vm")
     await report(api, vm, "failed", "false")
     await trio.sleep(30)
     assert expiry(await api.ok("PATCH", "/vms/vm", {"ttlSeconds": 40})) == 70 * SECOND
@@ -336,6 +337,7 @@ async def test_pending_time_begins_anew_when_the_vm_loses_its_worker(api: Served
 
 async def test_vm_that_has_failed_does_not_time_out(api: Served, autojump_clock: object) -> None:
     vm = await api.create("vm", pendingTimeoutSeconds=30)
+    api.assign("vm")
     body = {"uid": vm["uid"], "restart_count": 0, "status": "failed", "status_message": "broken"}
     await api.ok("PUT", "/vms/vm/state", body)
     await trio.sleep(60)

@@ -68,7 +68,7 @@ async def fail_vm(api: Served, name: str = "vm") -> None:
     if not api.state.workers:
         await api.register("w", resources={TART_VMS: 1000})
     await api.create(name, metadata={"pipeline": "7"}, password="hidden", startup_script={"script_content": "hidden"})
-    api.schedule()
+    api.assign(name)
     vm = api.state.vms[name]
     report = {"uid": vm.uid, "restart_count": 0, "status": "failed", "status_message": "no such image"}
     await api.ok("PUT", f"/vms/{name}/state", report)

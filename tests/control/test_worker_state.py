@@ -291,11 +291,20 @@ async def test_only_the_account_that_registered_a_worker_speaks_for_it(tmp_path:
         body = {"name": "w", "machine_id": "m", "last_seen": BEGAN.isoformat()}
         assert (await owner("POST", "/workers", body)).body["registeredBy"] == "owner"
         later = {"name": "w", "last_seen": (BEGAN + SECOND).isoformat()}
-        for method, target, sent in (("PUT", "/workers/w", later), ("POST", "/rpc/goodbye?workerName=w", ...)):
+        await owner("POST", "/vms", {"name": "vm", "image": "i"})
+        api.assign("vm")
+        for method, target, sent in (
+            ("PUT", "/workers/w", later),
+            ("POST", "/rpc/goodbye?workerName=w", ...),
+            ("PUT", "/vms/vm/state", {"status": "failed"}),
+        ):
             refused = await other(method, target, sent)
             assert (refused.status, "owner" in refused.message) == (403, True)
         assert (await other("PUT", "/workers/w", {"name": "w", "scheduling_paused": True})).status == 200
         assert (await owner("PUT", "/workers/w", later)).status == 200
+        earlier = {"uid": "earlier", "status": "failed"}
+        assert (await other("PUT", "/vms/vm/state", earlier)).status == 404, "existing workers go on only after a 404"
+        assert (await owner("PUT", "/vms/vm/state", {"status": "failed"})).status == 200
         assert (await owner("POST", "/rpc/goodbye?workerName=w")).status == 200
         before = api.loop.liveness.last_contact["w"]
         await other("GET", "/vms?filter=worker=w")

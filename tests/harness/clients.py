@@ -10,8 +10,8 @@ import base64
 import http.client
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ import trio
 import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from harness.processes import GENEROUS, ORCHARD, eventually, finished
+from harness.processes import GENEROUS, ORCHARD, at_last, eventually, finished
 from orchard.auth import BootstrapToken
 from orchard.client import Client
-from orchard.schema import VM
+from orchard.schema import TART_VMS, VM
 from orchard.testing import Cluster, cluster
 
 SocketHandler = Callable[[trio.SocketStream], Any]
@@ -65,6 +65,22 @@ def call(
     finally:
         connection.close()
     return answer.status, json.loads(text) if text else None
+
+
+@contextmanager
+def connected_worker(url: str, name: str, **fields: object) -> Iterator[None]:
+    """Register a worker that does nothing, and keep its watch open for the time of the block, so that it gets VMs."""
+    body = {"name": name, "machine_id": "m", "resources": {TART_VMS: 2}, **fields}
+    assert call(url, "POST", "/v1/workers", body)[0] == 200
+    with websockets.sync.client.connect(f"{url.replace('http', 'ws', 1)}/v1/rpc/watch?workerName={name}"):
+        at_last(lambda: _is_online(url, name))
+        yield
+
+
+def _is_online(url: str, name: str) -> bool:
+    """Poll as a worker, and return whether it counts as online: its open watch may be noticed after its first poll."""
+    call(url, "GET", f"/v1/vms?filter=worker={name}")
+    return bool(call(url, "GET", f"/v1/workers/{name}")[1]["state"] == "online")
 
 
 # ---- WebSockets ----------------------------------------------------------------------------------------------------

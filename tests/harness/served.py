@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from orchard import transitions
 from orchard.api import API, ControllerParts
 from orchard.control.deadlines import Deadlines, StoredClock
 from orchard.control.figures import make_figures
@@ -38,7 +39,7 @@ from orchard.net.request import (
     error_response,
 )
 from orchard.operations import make_api
-from orchard.schema import ServiceAccount
+from orchard.schema import ServiceAccount, Worker
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import StorageError
@@ -171,6 +172,11 @@ class Served:
 
     def close_watch(self, name: str) -> None:
         self.loop.liveness.record_watch_end(name, self._watches.pop(name))
+
+    def assign(self, name: str) -> None:
+        """Assign a VM to the worker "w", whether or not the scheduler would."""
+        with self.store.transaction() as tx:
+            tx.put(transitions.assign(self.state.vms[name], Worker(name="w"), BEGAN))
 
     def schedule(self) -> float:
         """Schedule until nothing is left to do. Return when the scheduler is due again."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness.clients import call
+from harness.clients import call, connected_worker
 from harness.disks import SmallDisk
 from harness.processes import PLAIN, at_last, controller
 from harness.programs import ROOT_REASON, need
@@ -249,7 +249,9 @@ def test_controller_survives_a_full_file_system(mounted: Path, tmp_path: Path) -
     arguments = (*PLAIN, "--data-dir", str(mounted / "data"))
     vm = {"image": "any", "startup_script": {"script_content": 20_000 * "x"}}
     with controller(*arguments, home=tmp_path) as (role, url):
-        assert answered(url, "POST", "/vms", {"name": "first", **vm}) == 200
+        with connected_worker(url, "w"):
+            assert answered(url, "POST", "/vms", {"name": "first", **vm}) == 200
+            at_last(lambda: call(url, "GET", "/v1/vms/first")[1].get("worker") == "w")
         assert answered(url, "POST", "/vms/first/events", event(0)) == 200
         fill(mounted / "filler")
         there = ["first"]
