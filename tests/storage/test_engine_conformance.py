@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import trio
-from harness.engines import SITES, FileSite, Site, Sited, make_sited
+from harness.engines import SITES, Site, Sited, make_sited
 from harness.strategies import BEGAN
 
+from orchard.base.files import RESERVE_FILE, SECRET_FILES
 from orchard.codec import dump_json
 from orchard.storage.engine import Batch, Contents, Engine, Key
 from orchard.storage.errors import BrokenError, NotWrittenError
@@ -139,8 +140,7 @@ def test_refused_batch_changes_nothing_and_the_next_one_works(sited: Sited) -> N
                 await engine.append(model.batch("b", deletes="a", size=900_000, adds=True))
             assert refusal.value.no_space
             assert engine.full
-            # A disk has a reserve. Above its quota, etcd takes no write.
-            assert engine.takes_deletions == isinstance(site, FileSite)
+            assert engine.takes_deletions == site.takes_deletions
             await site.free()
             with trio.fail_after(300):
                 while True:
@@ -170,5 +170,18 @@ def test_engine_ends_when_it_is_not_known_what_is_stored(sited: Sited) -> None:
             if contents.revision == lost.revision:
                 model.apply(lost)
             model.check(contents)
+
+    sited.run(work)
+
+
+def test_files_of_an_engine_are_private_and_known_as_secrets(sited: Sited, tmp_path: Path) -> None:
+    async def work(site: Site) -> None:
+        # The files of etcd itself.
+        before = set(tmp_path.iterdir())
+        async with Model().begun(site) as engine:
+            await Model().append(engine, "a")
+            found = set(tmp_path.iterdir()) - before
+            assert [path.name for path in found if path.stat().st_mode & 0o077] == []
+            assert {path.name for path in found} <= {*SECRET_FILES, RESERVE_FILE}
 
     sited.run(work)
