@@ -40,7 +40,7 @@ try:
     import asyncssh
 
     from orchard.base.nursery import unwrap_groups
-    from orchard.controller import utc_now
+    from orchard.control.stored_data import utc_now
     from orchard.sessions import AccountSessions
     from orchard.ssh import jump
 except ImportError:

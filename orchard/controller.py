@@ -47,7 +47,7 @@ from orchard.control.figures import make_figures
 from orchard.control.reactions import Reactions
 from orchard.control.recorder import Recorder
 from orchard.control.scheduling_loop import SchedulingLoop
-from orchard.control.settings import ControllerSettings, controller_parser, parse_api_prefix, parse_settings
+from orchard.control.settings import ControllerSettings, controller_parser, parse_settings
 from orchard.control.side_ports import serve_health, serve_metrics
 from orchard.control.stored_data import (
     DEFAULT_OFFLINE_TIMEOUT,
@@ -104,18 +104,9 @@ __all__ = [
     "Platform",
     "Running",
     "StartError",
-    "StoredData",
-    "announce",
     "controller_parser",
-    "ensure_admin",
-    "ensure_identity",
-    "load_access_key",
     "main",
-    "open_data_directory",
-    "parse_api_prefix",
-    "renew_promises",
     "run",
-    "utc_now",
 ]
 
 _logger = logging.getLogger("orchard.controller")

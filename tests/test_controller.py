@@ -24,6 +24,7 @@ from harness.processes import GENEROUS, ORCHARD, PLAIN, at_last, call_main, cont
 
 from orchard import auth
 from orchard import controller as program
+from orchard.control import stored_data
 from orchard.decisions.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import TART_VMS, ServiceAccount
@@ -210,14 +211,14 @@ async def test_data_base_of_another_controller_stops_the_start_unless_a_state_is
     directory = tmp_path / ORCHARD / "controller"
     (directory / "db").mkdir(parents=True)
     with pytest.raises(program.StartError, match=str(directory / "db")):
-        async with program.open_data_directory(directory):
+        async with stored_data.open_data_directory(directory):
             raise AssertionError("it started")
     assert list(directory.iterdir()) == [directory / "db"]
     (directory / "db").rename(tmp_path / "db")
-    async with program.open_data_directory(directory):
+    async with stored_data.open_data_directory(directory):
         pass
     (tmp_path / "db").rename(directory / "db")
-    async with program.open_data_directory(directory):
+    async with stored_data.open_data_directory(directory):
         pass
 
 
@@ -233,12 +234,12 @@ async def test_failed_write_during_the_stop_is_logged(
         return errno.EIO if verb == "write" else 0
 
     @asynccontextmanager
-    async def opened(directory: Path) -> AsyncIterator[program.StoredData]:
-        store = await Store.open(FileEngine(directory, disk), program.utc_now())
+    async def opened(directory: Path) -> AsyncIterator[stored_data.StoredData]:
+        store = await Store.open(FileEngine(directory, disk), stored_data.utc_now())
         events = EventLog(*event_files(directory / "events"))
         events.open(set())
         stores.append(store)
-        yield program.StoredData(store, events, History(history_file(directory)))
+        yield stored_data.StoredData(store, events, History(history_file(directory)))
         store.close()
 
     async def run(task_status: trio.TaskStatus[program.Running]) -> None:

@@ -20,7 +20,7 @@ from harness.served import Served, served
 
 from orchard.base.files import STATE_FILE
 from orchard.client import Client
-from orchard.controller import ensure_identity
+from orchard.control.stored_data import ensure_identity
 from orchard.handlers import admin
 from orchard.net.transport import ClientResponse, Transport
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, Condition

@@ -27,7 +27,8 @@ from orchard.base.logs import LogSettings
 from orchard.cli.context import Context
 from orchard.cli.session import remember_context
 from orchard.client import Client, ClientError
-from orchard.controller import StartError, parse_api_prefix
+from orchard.control.settings import parse_api_prefix
+from orchard.control.stored_data import StartError
 from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.tart import TartDriver

@@ -18,6 +18,7 @@ from harness.processes import call_main, finished
 from orchard import controller
 from orchard.base import command_line
 from orchard.cli import main as command
+from orchard.control import settings
 
 MAX_AMOUNT = 2**53 - 1
 INVALID_ADDRESSES = [
@@ -61,7 +62,7 @@ def test_parse_count(text: str, read: int) -> None:
     [("", ""), ("/", ""), ("/orchard", "/orchard"), ("/orchard/", "/orchard"), ("/a/b-c.d", "/a/b-c.d")],
 )
 def test_api_prefix(text: str, read: str) -> None:
-    assert controller.parse_api_prefix(text) == read
+    assert settings.parse_api_prefix(text) == read
 
 
 def test_duplicate_key_in_pairs_is_refused() -> None:
@@ -99,7 +100,7 @@ def test_parse_resources() -> None:
             ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MAX_AMOUNT + 1), "9" * 5000],
             "a whole number of at least 1",
         ),
-        (controller.parse_api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
+        (settings.parse_api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
         (command_line.parse_pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1,b c"], "KEY=VALUE"),
         (
             command_line.parse_resources,

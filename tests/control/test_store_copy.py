@@ -18,7 +18,6 @@ from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
 from harness.stores import ACCOUNT, put, running_store
 from harness.strategies import BEGAN, assigned, pending, worker
 
-from orchard import controller
 from orchard.base.files import SSH_HOST_KEY_FILE, TLS_CERTIFICATE_FILE, TLS_KEY_FILE, lock_directory, write_private
 from orchard.cli.main import main
 from orchard.control.store_copy import (
@@ -31,6 +30,7 @@ from orchard.control.store_copy import (
     write_directory,
     write_etcd,
 )
+from orchard.control.stored_data import load_access_key, open_data_directory
 from orchard.etcd_nodes import etcd_nodes
 from orchard.resources.cluster import ClusterIdentity, Promise, Webhook
 from orchard.schema import ClusterSettings, EndedVM, Event, HostDirPolicy, Prepull
@@ -80,7 +80,7 @@ async def prepare(directory: Path) -> None:
         await events.flush()
         await history.flush()
         nursery.cancel_scope.cancel()
-    controller.load_access_key(directory)
+    load_access_key(directory)
     for name in (TLS_CERTIFICATE_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE):
         write_private(directory / name, f"the contents of {name} \xff".encode("latin-1"))
 
@@ -120,7 +120,7 @@ async def test_nothing_is_lost_from_a_directory_to_etcd_and_back(tmp_path: Path)
         async with read_etcd(client, PREFIX) as (copy, events):
             await write_directory(tmp_path / "target", copy, events)
     assert await all_of(tmp_path / "target") == expected
-    async with controller.open_data_directory(tmp_path / "target") as data:
+    async with open_data_directory(tmp_path / "target") as data:
         assert data.store.state.json == read_state(tmp_path / "source" / "state.jsonl").json
 
 

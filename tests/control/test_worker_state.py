@@ -13,7 +13,7 @@ from harness.disks import FailingDisk, no_space
 from harness.served import BEGAN, Answered, Served, at_once, served
 
 from orchard.base.nursery import growing_pause
-from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
+from orchard.control.stored_data import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
 from orchard.decisions.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailures
 from orchard.decisions.liveness import AWAY_SECONDS
 from orchard.decisions.planning import RESTART_PAUSE_SECONDS

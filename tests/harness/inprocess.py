@@ -18,6 +18,7 @@ from harness.disks import FailingDisk
 from harness.processes import free_port
 from orchard import controller
 from orchard.client import Client
+from orchard.control.stored_data import StoredData, open_data_directory
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog, event_files
 from orchard.vm.synthetic import SyntheticDriver
@@ -50,8 +51,8 @@ class InProcessCluster:
         )
 
         @asynccontextmanager
-        async def opened(directory: Path) -> AsyncIterator[controller.StoredData]:
-            async with controller.open_data_directory(directory) as data:
+        async def opened(directory: Path) -> AsyncIterator[StoredData]:
+            async with open_data_directory(directory) as data:
                 events = EventLog(*event_files(directory / "events", self.events_disk))
                 events.open({vm.uid for vm in data.store.state.vms.values()})
                 yield data._replace(events=events)

@@ -23,8 +23,8 @@ from orchard.control.figures import make_figures
 from orchard.control.reactions import Reactions
 from orchard.control.recorder import Recorder
 from orchard.control.scheduling_loop import SchedulingLoop
+from orchard.control.stored_data import DEFAULT_OFFLINE_TIMEOUT, renew_promises
 from orchard.control.webhooks import Webhooks
-from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
 from orchard.decisions.access_tokens import AccessTokens
 from orchard.decisions.gate import Gate
 from orchard.decisions.login_limit import LoginLimit

@@ -34,6 +34,7 @@ from orchard.api import API
 from orchard.client import Client
 from orchard.control.deadlines import Deadlines
 from orchard.control.scheduling_loop import RestoredState
+from orchard.control.stored_data import StoredData
 from orchard.decisions import planning
 from orchard.decisions.agenda import MAX_COUNTED
 from orchard.decisions.early_failures import EarlyFailures
@@ -387,7 +388,7 @@ class SimulatedCluster:
         await self._nursery.start(run)
 
     @asynccontextmanager
-    async def _open_data(self, process: Process, directory: Path) -> AsyncIterator[controller.StoredData]:
+    async def _open_data(self, process: Process, directory: Path) -> AsyncIterator[StoredData]:
         async def in_thread(work: Callable[..., Any], *arguments: Any, limiter: object = None) -> Any:
             asked_at = trio.current_time()
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
@@ -423,7 +424,7 @@ class SimulatedCluster:
             history.open()
             self.store = store
             try:
-                yield controller.StoredData(store, events, history)
+                yield StoredData(store, events, history)
             finally:
                 self.store = self.api = None
 
