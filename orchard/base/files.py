@@ -77,10 +77,6 @@ def draft_of(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
 def make_private(directory: Path) -> None:
     """Create a directory and its missing parents with mode 0700, whatever the umask. Raises OSError."""
     if directory.is_dir():
@@ -101,7 +97,7 @@ def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
     draft = draft_of(path)
     draft.unlink(missing_ok=True)
     try:
-        with open(draft, "xb", opener=_open_private) as file:
+        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             draft.chmod(0o600)
             file.write(data)
             file.flush()

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 from orchard.codec import (
     OPTIONAL,
-    Attr,
     MalformedError,
     ResourceT,
     ValidationError,
@@ -155,14 +154,11 @@ def _writer(cls: type) -> Callable[[Any], list[str]]:
         if attr.twin:
             lines.append(f"{indent}text = {text}")
             text = "text"
-        lines += [f"{indent}out.append({name!r} + {text})" for name in _beginnings(attr)]
+        beginnings = [f"{encode_basestring(name)}:" for name in (attr.json, attr.twin) if name]
+        lines += [f"{indent}out.append({beginning!r} + {text})" for beginning in beginnings]
     if keeps_unknown(cls):
         lines.append(" if resource.unknown: out += other_members(resource.unknown)")
     return _compiled([*lines, " return out"], names, "write")
-
-
-def _beginnings(attr: Attr) -> list[str]:
-    return [f"{encode_basestring(name)}:" for name in (attr.json, attr.twin) if name]
 
 
 def _writer_of(hint: Any) -> Callable[[Any], str]:
