@@ -16,6 +16,13 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, e
 from harness.programs import need
 
 CHROMIUM = "/usr/bin/chromium"
+OPTIONS = [
+    # The sandbox needs rights that containers lack.
+    "--no-sandbox",
+    # Each window makes pages for what drops down from its address bar, which take 0.8 s of CPU. Chromium takes the last list
+    # of such features, so those that Playwright switches off are on.
+    "--disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup",
+]
 # The page takes its connection for lost after so many seconds of silence. A machine on which other tests run may be that
 # slow, so visits wait longer.
 SCRIPT = Path(__file__).parents[2] / "orchard" / "ui" / "app.js"
@@ -32,8 +39,7 @@ def chromium() -> Iterator[Browser]:
     asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
     try:
         with sync_playwright() as playwright:
-            # The sandbox needs rights that containers lack.
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
             yield browser
             browser.close()
     finally:
