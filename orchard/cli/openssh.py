@@ -65,9 +65,7 @@ def _ssh(options: argparse.Namespace) -> int:
     user, password = login_of(options)
     if user.startswith("-"):
         raise CommandError(f'the user name is "{user}", expected no "-" at its start', USAGE)
-    proxy = [*running_program(), "__tunnel", "--wait", str(options.wait), options.name, str(_SSH_PORT)]
-    if options.context:
-        proxy[-2:-2] = ["--context", options.context]
+    proxy = _proxy_command(options, "--wait", str(options.wait), options.name, str(_SSH_PORT))
     # ssh has Ctrl-C, too, and decides. An exception here could lose its status.
     with cleaning_up(lambda *_: None), tempfile.TemporaryDirectory() as directory:
         askpass = Path(directory) / "askpass"
@@ -85,11 +83,17 @@ def _ssh(options: argparse.Namespace) -> int:
         return _status(subprocess.run(words, env=env, check=False).returncode)  # noqa: S603
 
 
-def _ssh_options(proxy: list[str]) -> list[str]:
+def _proxy_command(options: argparse.Namespace, *arguments: str) -> str:
+    """Return the start of `__tunnel` as ssh reads a ProxyCommand."""
+    context = ["--context", options.context] if options.context else []
+    return shlex.join([*running_program(), "__tunnel", *context, *arguments]).replace("%", "%%")
+
+
+def _ssh_options(proxy: str) -> list[str]:
     # Each clone of an image has the same host key as the image, and names are used again: a key proves nothing here. The
     # tunnel leads to this VM alone.
     settings: Mapping[str, str] = {
-        "ProxyCommand": shlex.join(proxy).replace("%", "%%"),
+        "ProxyCommand": proxy,
         "StrictHostKeyChecking": "no",
         "UserKnownHostsFile": os.devnull,
         "LogLevel": "ERROR",
@@ -104,11 +108,10 @@ def _status(code: int) -> int:
 
 
 def _print_ssh_config(options: argparse.Namespace) -> int:
-    context = f" --context {shlex.quote(options.context)}" if options.context else ""
     print(
         f"# For ~/.ssh/config: then `ssh NAME{SSH_DOMAIN}`, scp, rsync, Ansible and editors reach the VM NAME.\n"
         f"Host *{SSH_DOMAIN}\n"
-        f"  ProxyCommand {shlex.join(running_program())} __tunnel{context} %h %p\n"
+        f"  ProxyCommand {_proxy_command(options)} %h %p\n"
         "  User admin\n"
         "  StrictHostKeyChecking no\n"
         f"  UserKnownHostsFile {os.devnull}\n"

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.processes import call_main, environment, finished, started
+from harness.processes import ORCHARD, call_main, environment, finished, started
 
 from orchard.cli.connection import ControllerConnection
+from orchard.cli.context import read_contexts, write_contexts
 from orchard.cli.main import main
 
 FORWARDING = re.compile(r"forwarding 127\.0\.0\.1:([0-9]+) -> vm:22\.\.\.")
@@ -44,13 +45,17 @@ def test_ssh_ends_with_the_status_of_its_command(dev: Path, vm: str) -> None:
 @pytest.fixture
 def settings(dev: Path, vm: str, tmp_path: Path) -> Iterator[Path]:
     """The printed settings for the system's SSH, whose programs share one connection to a VM, as Ansible has it."""
-    file = tmp_path / "config"
+    file, known = tmp_path / "config", dev / ORCHARD / "orchard.yml"
+    contexts = read_contexts(known)
+    # ssh gives "%" in a command a meaning.
+    write_contexts(known, contexts.with_context("100%", contexts.find(contexts.default)))
     # The path of a socket must be short.
     with tempfile.TemporaryDirectory() as short:
         shared = f"\n  ControlMaster auto\n  ControlPersist 60\n  ControlPath {short}/%C"
-        file.write_text(finished("", "ssh-config", home=dev).stdout.rstrip() + shared)
+        file.write_text(finished("", "ssh-config", "--context", "100%", home=dev).stdout.rstrip() + shared)
         yield file
         subprocess.run(["ssh", "-F", file, "-O", "exit", f"{vm}.orchard"], capture_output=True, check=False)
+    write_contexts(known, contexts)
 
 
 @pytest.mark.needs("ssh", "scp", "sftp", "rsync")
