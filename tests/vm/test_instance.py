@@ -433,7 +433,8 @@ def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
             Note.parse(text)
 
 
-async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends", ["VM", "worker"])
+async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     refusals = [DriverError("busy"), DriverError("still busy"), DriverError("busy again")]
     delete = host.driver.delete
 
@@ -445,11 +446,11 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(host.driver, "delete", stubborn)
     monkeypatch.setattr("orchard.vm.ending.RETRY_SECONDS", 0.0)
-    instance = host.instance(assigned_vm())
+    instance = host.instance(assigned_vm(), outlives=False)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
         await until(instance, lambda i: i.state.running)
-        instance.remove()
+        (instance.remove if ends == "VM" else nursery.cancel_scope.cancel)()
     assert refusals == []
     assert host.files() == []
 
