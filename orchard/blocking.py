@@ -19,7 +19,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import partial, update_wrapper
-from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import trio
 
@@ -72,9 +72,9 @@ class Portal:
         """Call an asynchronous function in the thread, and return its result. Raises what it raises."""
         return trio.from_thread.run(function, trio_token=self._token)
 
-    def start(self, function: Callable[..., Awaitable[None]]) -> None:
-        """Run a task in the thread until the end of the block. Return when it has started. Raises what it raises before."""
-        self.call(partial(self._holding.start, function))
+    def start(self, function: Callable[..., Awaitable[None]]) -> Any:
+        """Run a task in the thread until the end of the block. Return what it starts with, raise what it raises before."""
+        return self.call(partial(self._holding.start, function))
 
     def hold(self, manager: AbstractAsyncContextManager[EnteredT]) -> HeldContext[EnteredT, EnteredT]:
         """Return an ordinary context manager that enters and leaves an asynchronous one, and has the same value."""
@@ -94,14 +94,13 @@ class HeldContext(AbstractContextManager[WrappedT, bool], Generic[EnteredT, Wrap
         self._portal = portal
         self._manager = manager
         self._wrap = wrap
-        self._entered: list[EnteredT] = []
+        self._has_entered = False
         self._leaving, self._left = trio.Event(), trio.Event()
         self._block_error: Exception | None = None
         self._error: Exception | None = None
 
     def __enter__(self) -> WrappedT:
-        self._portal.start(self._run)
-        return self._wrap(self._entered[0])
+        return self._wrap(self._portal.start(self._run))
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         self._block_error = error if isinstance(error, Exception) else None
@@ -110,17 +109,17 @@ class HeldContext(AbstractContextManager[WrappedT, bool], Generic[EnteredT, Wrap
             raise self._error
         return self._block_error is not None and self._error is None
 
-    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(self, *, task_status: trio.TaskStatus[EnteredT]) -> None:
         try:
             async with self._manager as value:
-                self._entered.append(value)
-                task_status.started()
+                self._has_entered = True
+                task_status.started(value)
                 await self._leaving.wait()
                 if self._block_error is not None:
                     raise self._block_error
         # Raised again by `__exit__` in the other thread.
         except Exception as error:
-            if not self._entered:
+            if not self._has_entered:
                 raise
             self._error = error
         finally:

@@ -30,7 +30,8 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.base.nursery import first_exception
-from orchard.codec import MalformedError, ValidationError, dump_json, parse_json, shown
+from orchard.codec import MalformedError, ValidationError, dump_json, shown
+from orchard.methods.common import parse_message
 from orchard.schema import ENV_NAME, VM
 from orchard.ssh.connections import GuestConnections, why
 from orchard.ssh.remaining_output import RemainingOutput
@@ -262,8 +263,7 @@ class _Bridge:
             self._process.stdin.write_eof()
         try:
             while True:
-                message = await self._frames.websocket.get_message()
-                await self._carry_out(parse_json(message.encode() if isinstance(message, str) else message))
+                await self._carry_out(parse_message(await self._frames.websocket.get_message()))
         except ConnectionClosed:
             pass
         except ValidationError as error:
