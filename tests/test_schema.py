@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -430,6 +431,20 @@ def test_put_and_patch_are_idempotent(body: dict[str, Any]) -> None:
         for old in (WITH, WITHOUT):
             once = change_spec(old, body, [])
             assert change_spec(once, body, []) == once
+
+
+TWO_LINES: dict[str, Any] = {field.json: "a\n--b" for field in attrs_of(VMSpec) if field.type is str} | {
+    field.json: {"a\n--b": next(iter(EVERY_FIELD[field.json].values()))}
+    for field in attrs_of(VMSpec)
+    if typing.get_origin(field.type) is Mapping
+}
+
+
+@pytest.mark.parametrize("field", TWO_LINES)
+def test_no_text_of_a_vm_has_two_lines(field: str) -> None:
+    """The second one could be taken for another line of a log, or for an option of a command."""
+    with pytest.raises(InvalidError, match=f"^{field}"):
+        created(**{field: TWO_LINES[field]})
 
 
 # ---- PUT ------------------------------------------------------------------------------------------------------------
