@@ -32,14 +32,12 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import trio
 
@@ -62,7 +60,8 @@ from orchard.vm.driver import (
     Script,
     operand,
 )
-from orchard.vm.processes import KILL_SECONDS, kill, reporting, signal_group
+from orchard.vm.local_processes import VM_VARIABLE, kill_leftovers, listens
+from orchard.vm.processes import kill, reporting, signal_group
 from orchard.vm.script import WrappedScript, converse, login_command
 
 IMAGE_HELP = """\
@@ -79,12 +78,6 @@ _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()
 _GIGABYTE = 10**9
 # How often a pull reports its progress.
 _PULL_STEPS = 10
-# Interval of listing processes until the killed ones have ended.
-_LEFTOVER_POLL_SECONDS = 0.01
-# Limit for the beginning of a program, which takes microseconds on an idle core.
-_EXECUTING_SECONDS = 0.1
-_EXECUTING_POLL_SECONDS = 0.001
-_VARIABLE = "ORCHARD_VM"
 _SSH_PORT = 22
 
 
@@ -235,7 +228,7 @@ class SyntheticDriver(Driver):
         if about["state"] != "stopped":
             _write(self._directory(name), {**about, "state": "stopped"})
         if (self._directory(name) / "scripted").exists():
-            await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
+            await trio.to_thread.run_sync(kill_leftovers, self._directory(name))
         guest = self._guests[name] = _Guest(self._lease if spec.leased else math.inf)
         seconds = _number(about["source"], "boot", "s")
         seconds = self._boot_seconds if seconds is None else seconds
@@ -280,7 +273,7 @@ class SyntheticDriver(Driver):
         await kill(*guest.shells)
         if guest.entered:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
+                await trio.to_thread.run_sync(kill_leftovers, self._directory(name))
         # A script may have deleted or protected this file. While the file exists, `delete` looks for processes.
         with suppress(OSError):
             (self._directory(name) / "scripted").unlink(missing_ok=True)
@@ -302,7 +295,7 @@ class SyntheticDriver(Driver):
         self._running(name)
         if port == _SSH_PORT and self.ssh_port is not None:
             return await self.ssh_port(name)
-        if await trio.to_thread.run_sync(_listens, self._directory(name), port):
+        if await trio.to_thread.run_sync(listens, self._directory(name), port):
             return port
         raise DriverError(f"cannot connect to port {port} of the VM: connection refused, nothing in it listens there")
 
@@ -334,7 +327,7 @@ class SyntheticDriver(Driver):
             raise DriverError(f'VM "{name}" is running and cannot be deleted')
         directory = self._directory(name)
         if (directory / "scripted").exists():
-            await trio.to_thread.run_sync(_kill_leftovers, directory)
+            await trio.to_thread.run_sync(kill_leftovers, directory)
         # After the rename the VM does not exist any more, even if removing its files takes long.
         deleted = self._home / f".{name}.old"
         with reporting(f'cannot delete VM "{name}" in {self._home}'):
@@ -454,24 +447,6 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------
-
-
-class _Process(NamedTuple):
-    """A process of this host. `words` is its environment, each word between two `separator`."""
-
-    parent: int
-    words: str
-    separator: str
-
-    def has(self, beginning: str) -> bool:
-        return f"{self.separator}{beginning}" in self.words
-
-    def is_of(self, directory: Path) -> bool:
-        """Return whether the process belongs to the VM of a directory."""
-        return self.has(f"{_VARIABLE}={directory}{self.separator}")
-
-
 def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
     """Prepare a VM for a program; return its working directory and environment. Raises DriverError."""
     root = directory / "root"
@@ -482,7 +457,7 @@ def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
     return root, {
         "HOME": str(root),
         "LOGNAME": username,
-        _VARIABLE: str(directory),
+        VM_VARIABLE: str(directory),
         "PATH": os.environ.get("PATH", os.defpath),
         "SHELL": _SHELL,
         "TMPDIR": str(temporary),
@@ -498,123 +473,3 @@ async def _start_shell(directory: Path, username: str, marker: str) -> trio.Proc
             ["/bin/sh", "-c", login_command(marker)], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root,
             env=environ, start_new_session=True,
         )  # fmt: skip
-
-
-def _kill_leftovers(directory: Path) -> None:
-    """Kill the processes of a VM that no task waits for, and wait until they have ended.
-
-    A process may start another one while the list of processes is read. So the list is read again until it is empty.
-    """
-    until = time.monotonic() + KILL_SECONDS
-    while (found := list(_processes_of(directory))) and time.monotonic() < until:
-        for number in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(number, signal.SIGKILL)
-        time.sleep(_LEFTOVER_POLL_SECONDS)
-
-
-def _processes_of(directory: Path) -> Iterator[int]:
-    """Yield the numbers of the processes that have ORCHARD_VM=`directory` in their environment."""
-    return (number for number, process in _processes() if process.is_of(directory))
-
-
-def _processes() -> Iterator[tuple[int, _Process]]:
-    """Yield number, parent and environment of the processes of this user."""
-    if _has_proc():
-        for path in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError, IndexError):
-                words = _read_environment(path)
-                parent = int((path / "stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
-                yield int(path.name), _Process(parent, f"\0{words}\0", "\0")
-        return
-    yield from _processes_in(_output("/bin/ps", "-axEww", "-o", "pid=,ppid=,command="))
-
-
-def _read_environment(process: Path) -> str:
-    """Return the environment of a process of this user. Raises OSError.
-
-    While a process begins to execute a program, the kernel shows neither its arguments nor its environment.
-    `Popen` returns before that time is over, so this function waits for its end.
-    """
-    until = time.monotonic() + _EXECUTING_SECONDS
-    while not (words := (process / "environ").read_text(errors="surrogateescape")):
-        # Threads of the kernel, and processes that have ended, have no program.
-        is_executing = not (process / "cmdline").read_bytes() and (process / "exe").exists()
-        if not is_executing or time.monotonic() > until:
-            # The environment came just before the arguments were read, or there is none.
-            return (process / "environ").read_text(errors="surrogateescape")
-        time.sleep(_EXECUTING_POLL_SECONDS)
-    return words
-
-
-def _processes_in(lines: Iterable[str]) -> Iterator[tuple[int, _Process]]:
-    """Yield the processes in lines of `ps`. One may have no command, or one with line breaks."""
-    for line in lines:
-        with suppress(ValueError):
-            own, parents, words = line.split(None, 2)
-            yield int(own), _Process(int(parents), f" {words} ", " ")
-
-
-def _has_proc() -> bool:
-    return Path("/proc/self/environ").exists()
-
-
-def _output(*command: str) -> list[str]:
-    """Run a program of the system, and return the lines of its output."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", check=False)  # noqa: S603
-    return done.stdout.splitlines()
-
-
-def _listens(directory: Path, port: int) -> bool:
-    """Return whether the VM of a directory, or a program that plays its server, listens on a TCP port.
-
-    Takes milliseconds.
-    """
-    sockets = _listening_sockets(port)
-    # Not if the parent is init: it may listen for other programs, such as the host's sshd.
-    if _holds(os.getpid(), sockets) or (os.getppid() != 1 and _holds(os.getppid(), sockets)):
-        return True
-    processes = dict(_processes())
-    return any(
-        _holds(number, sockets)
-        for number, process in processes.items()
-        if process.is_of(directory) or (not process.has(f"{_VARIABLE}=") and _is_child(number, processes))
-    )
-
-
-def _is_child(number: int, processes: Mapping[int, _Process]) -> bool:
-    """Return whether a process was started by this one, or by a process that was."""
-    for _ in range(len(processes)):
-        if number not in processes:
-            return False
-        number = processes[number].parent
-        if number == os.getpid():
-            return True
-    return False
-
-
-def _listening_sockets(port: int) -> set[str]:
-    """Return the listening TCP sockets of a port as `_holds` compares them: by inode, or without /proc by process."""
-    if not _has_proc():
-        return set(_output("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-t"))
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for row in Path(table).read_text().splitlines()[1:]:
-                # number, local address and port, remote ones, state (0A: listening), five more, inode
-                words = row.split()
-                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
-                    found.add(f"socket:[{words[9]}]")
-    return found
-
-
-def _holds(number: int, sockets: set[str]) -> bool:
-    """Return whether a process has one of the sockets open."""
-    if not _has_proc():
-        return str(number) in sockets
-    with suppress(OSError):
-        for descriptor in Path(f"/proc/{number}/fd").iterdir():
-            with suppress(OSError):
-                if str(descriptor.readlink()) in sockets:
-                    return True
-    return False

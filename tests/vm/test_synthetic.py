@@ -24,7 +24,7 @@ import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard.schema import VMSpec
-from orchard.vm import synthetic
+from orchard.vm import local_processes
 from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, Script
 from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
 
@@ -185,7 +185,7 @@ async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
     (home / NAME / "scripted").touch()
     environ = {**os.environ, "ORCHARD_VM": str(home / NAME)}
     started: list[subprocess.Popen[bytes]] = []
-    list_processes = synthetic._processes_of
+    list_processes = local_processes._processes_of
 
     def fork() -> None:
         started.append(subprocess.Popen(["sleep", "1000"], env=environ, start_new_session=True))
@@ -197,7 +197,7 @@ async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
             fork()
         return iter(found)
 
-    monkeypatch.setattr(synthetic, "_processes_of", list_and_fork)
+    monkeypatch.setattr(local_processes, "_processes_of", list_and_fork)
     fork()
     await driver.delete(NAME)
     assert [process.wait(GENEROUS) for process in started] == [-signal.SIGKILL] * 3
@@ -446,11 +446,11 @@ async def test_server_of_this_process_stands_for_a_vm_and_one_of_another_does_no
             port = int(shell.stdout.readline())
             with pytest.raises(DriverError, match=f"port {port} of the VM"):
                 await driver.find_port(NAME, port)
-            os.kill(next(n for n, p in synthetic._processes() if _listens_on(n, port)), signal.SIGKILL)
+            os.kill(next(n for n, p in local_processes._processes() if _listens_on(n, port)), signal.SIGKILL)
 
 
 def _listens_on(number: int, port: int) -> bool:
-    return synthetic._holds(number, synthetic._listening_sockets(port))
+    return local_processes._holds(number, local_processes._listening_sockets(port))
 
 
 async def test_ssh_port_may_lead_elsewhere(driver: SyntheticDriver) -> None:
@@ -481,7 +481,7 @@ def test_environment_of_a_program_that_begins_is_read() -> None:
     found = []
     for _ in range(300):
         with subprocess.Popen(["sleep", "1000"], env={"ORCHARD_VM": "one"}, start_new_session=True) as program:
-            found.append(synthetic._read_environment(Path(f"/proc/{program.pid}")))
+            found.append(local_processes._read_environment(Path(f"/proc/{program.pid}")))
             program.kill()
     assert set(found) == {"ORCHARD_VM=one\0"}
 
@@ -581,4 +581,4 @@ async def test_guest_agent_that_never_answers_runs_no_script(driver: SyntheticDr
 
 def test_lines_of_ps_without_a_command_hide_no_process(home: Path) -> None:
     lines = ["    7     1 ", "and=a second line", f"    9     7 sleep 100 ORCHARD_VM={home} HOME=/"]
-    assert [number for number, process in synthetic._processes_in(lines) if process.is_of(home)] == [9]
+    assert [number for number, process in local_processes._processes_in(lines) if process.is_of(home)] == [9]
