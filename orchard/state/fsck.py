@@ -102,11 +102,12 @@ def inspect(directory: Path) -> FsckReport:
     events = directory / EVENTS_DIRECTORY
     event_files = sorted(events.iterdir()) if events.is_dir() else []
     state_is_known = _inspect_state(directory, report)
+    uids = {vm.uid for vm in report.state.vms.values()}
     for path in event_files:
         if path.name == LIFECYCLE_FILE:
-            _inspect_lifecycle(path, report)
+            _inspect_lifecycle(path, report, uids)
         else:
-            _inspect_events(path, report, state_is_known)
+            _inspect_events(path, report, uids if state_is_known else None)
     _inspect_history(directory, report)
     # A directory without a state is another one, or was never used.
     if (directory / STATE_FILE).exists():
@@ -138,7 +139,8 @@ def _inspect_state(directory: Path, report: FsckReport) -> bool:
     return True
 
 
-def _inspect_events(path: Path, report: FsckReport, state_is_known: bool) -> None:
+def _inspect_events(path: Path, report: FsckReport, uids: set[str] | None) -> None:
+    """Check the events of one VM. `uids` are those of all VMs, None if the state cannot be read."""
     uid = path.name.removesuffix(".jsonl")
     if uid == path.name:
         report.notes.append(f"{path} is being written or left over; the next start removes it")
@@ -153,15 +155,15 @@ def _inspect_events(path: Path, report: FsckReport, state_is_known: bool) -> Non
         report.problems.append(str(error))
     _note_unfinished(file.journal, report)
     report.events += file.count
-    if state_is_known and path.exists() and all(vm.uid != uid for vm in report.state.vms.values()):
+    if uids is not None and uid not in uids and path.exists():
         report.notes.append(f"{path} belongs to a VM that does not exist any more; the next start removes it")
 
 
-def _inspect_lifecycle(path: Path, report: FsckReport) -> None:
+def _inspect_lifecycle(path: Path, report: FsckReport, uids: set[str]) -> None:
     file = lifecycle_file(path.parent)
     log = LifecycleLog(file)
     try:
-        report.events += log.inspect({vm.uid for vm in report.state.vms.values()})
+        report.events += log.inspect(uids)
     except DamagedError as error:
         report.problems.append(str(error))
     _note_unfinished(file.journal, report)
