@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from orchard.base.command_line import CommandLine, parse_span, suggest
@@ -18,7 +18,6 @@ from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.options import add_context_option, add_filter_option, add_output_option
 from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
 from orchard.cli.session import chosen_context, open_connection, require_capability
-from orchard.cli.vm_options import OPTION_FIELDS
 
 # Between two looks at a worker whose VMs are waited for.
 _POLL_SECONDS = 1.0
@@ -35,6 +34,17 @@ class ResourceKind(NamedTuple):
     columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
     pairs: Mapping[str, Callable[[Mapping[str, Any]], str]]
     cut: str = ""
+
+    def describe(self, item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield what `get` shows of a resource: titles and values."""
+        yield from ((title, show(item)) for title, show in self.pairs.items())
+        if self is _VM:
+            # Imported here, since the other verbs of this file need no options.
+            from orchard.cli.vm_options import OPTION_FIELDS
+
+            for field in ("powerState", *OPTION_FIELDS):
+                if field not in _TITLED:
+                    yield field, format_json_value(item.get(field))
 
 
 def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
@@ -112,7 +122,6 @@ _VM = ResourceKind(
         "Metadata": _text("metadata"),
         "Random serial": _flag("randomSerial"),
         "Host directories": _dirs,
-        **{field: _text(field) for field in ("powerState", *OPTION_FIELDS) if field not in _TITLED},
     },
     cut="Image",
 )
@@ -217,8 +226,9 @@ def _get(options: argparse.Namespace) -> int:
     elif options.output == "name":
         print(item.get("name", kind.name))
     else:
-        pairs = ((title, show(item)) for title, show in kind.pairs.items())
-        print_pairs(pairs if kind.pairs else ((key, format_json_value(value)) for key, value in item.items()))
+        print_pairs(
+            kind.describe(item) if kind.pairs else ((key, format_json_value(value)) for key, value in item.items())
+        )
     return 0
 
 

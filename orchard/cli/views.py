@@ -168,7 +168,7 @@ def _describe(options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json(found)
         return 0
-    print_pairs((title, text) for title, show in kind.pairs.items() if (text := show(item)))
+    print_pairs((title, text) for title, text in kind.describe(item) if text)
     if options.kind == "vm":
         _explain(item, found["remedies"])
         _print_life(found["events"])

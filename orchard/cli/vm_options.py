@@ -4,7 +4,7 @@
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from orchard.base.command_line import (
     parse_boolean,
@@ -19,16 +19,17 @@ from orchard.base.command_line import (
 _NONE = "none"
 
 
-class VMOption(NamedTuple):
+class VMOption:
     """An option whose value is a field of a VM, by its name in JSON. `settings` are arguments of `add_argument`.
 
     `change` is that of the field in schema.py, which is not imported: a verb would take longer.
     """
 
-    flag: str
-    field: str
-    settings: Mapping[str, Any]
-    change: str = "refused"
+    def __init__(self, flag: str, field: str, settings: Mapping[str, Any], change: str = "refused") -> None:
+        self.flag = flag
+        self.field = field
+        self.settings = settings
+        self.change = change
 
 
 def _parse_host_dirs(text: str) -> list[dict[str, Any]]:

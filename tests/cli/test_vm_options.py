@@ -31,8 +31,8 @@ def test_each_choice_is_one_of_the_api() -> None:
 
 
 def test_get_shows_each_field_but_the_password() -> None:
-    def shown(vm: Mapping[str, object]) -> list[str]:
-        return [show(vm) for show in RESOURCE_KINDS["vm"].pairs.values()]
+    def shown(vm: Mapping[str, object]) -> list[tuple[str, str]]:
+        return list(RESOURCE_KINDS["vm"].describe(vm))
 
     hidden = [field for field in (*OPTIONS, "powerState") if shown({field: EVERY_FIELD[field]}) == shown({})]
     assert hidden == ["password"]
