@@ -117,7 +117,7 @@ class Driver(Protocol):
         """Return the size and the free space of the disk with the VMs, None if that is unknown."""
 
     async def version(self) -> str:
-        """Return the version of the program that runs VMs, or ""."""
+        """Return the version of the program that runs VMs, such as 2.39.0, or ""."""
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         """Bring the newest version of an image to this host."""

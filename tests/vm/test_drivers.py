@@ -105,12 +105,15 @@ class Bench:
         return now + soft
 
 
-@pytest.fixture(params=["synthetic", "tart"])
+DRIVERS = ("synthetic", "tart")
+
+
+@pytest.fixture(params=DRIVERS)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     return make_bench(request, tmp_path)
 
 
-@pytest.fixture(params=["synthetic", "tart", "tart with a guest agent"])
+@pytest.fixture(params=[*DRIVERS, "tart with a guest agent"])
 def script_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     """A driver that can run scripts. TartDriver does so by the system's ssh, or by the guest agent."""
     if request.param == "tart":
