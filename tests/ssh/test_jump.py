@@ -701,6 +701,29 @@ async def test_every_offered_algorithm_works() -> None:
             await trio_asyncio.aio_as_trio(connection.wait_closed)()
 
 
+async def test_first_key_exchange_is_the_one_that_dropbear_guesses_and_ciphers_are_aes() -> None:
+    """Dropbear sends the first packet of its guess before it has read what the server offers."""
+    async with jumping() as c, await trio.open_tcp_stream("127.0.0.1", c.ssh_port) as stream:
+        await stream.send_all(b"SSH-2.0-Test\r\n")
+        while await receive_exactly(stream, 1) != b"\n":
+            pass
+        size = int.from_bytes(await receive_exactly(stream, 4))
+        # RFC 4253, section 7.1: the number of bytes of padding, the type 20 and a cookie, then lists of names.
+        packet = await receive_exactly(stream, size)
+    assert packet[1] == 20
+    names, at = [], 18
+    for _ in range(4):
+        end = at + 4 + int.from_bytes(packet[at : at + 4])
+        names.append(packet[at + 4 : end].decode().split(","))
+        at = end
+    exchanges, _, *ciphers = names
+    assert exchanges[0] == "curve25519-sha256"
+    for offered in ciphers:
+        assert offered[0].startswith("aes")
+        assert "gcm" in offered[0]
+        assert not [name for name in offered if "chacha20" in name]
+
+
 @pytest.mark.needs("ssh")
 async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
     settings = ControllerSettings(
