@@ -169,7 +169,7 @@ async def test_no_alert_fires_on_a_healthy_fleet(tmp_path: Path) -> None:
     expect_alerts(tmp_path, found, found)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(9)
 @pytest.mark.needs("promtool")
 async def test_each_alert_fires_on_a_fleet_that_needs_it(tmp_path: Path) -> None:
     """All but that of a full disk."""
