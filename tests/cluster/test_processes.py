@@ -221,7 +221,7 @@ async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path
         (["http://h:1", "--labels", "a"], ['"a"', "KEY=VALUE"]),
         (["http://h:1", "--name", "a b"], ["a b"]),
         (["http://h:1", "--workers", "2"], ["--workers", "synthetic"]),
-        (["http://h:1", "--default-cpu", "0"], ['"0"', "at least 1"]),
+        (["http://h:1", "--default-cpu", "-1"], ["-1", "--default-cpu"]),
     ],
 )
 def test_invalid_command_line_is_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:

@@ -71,7 +71,7 @@ class Controller:
         with suppress(Killed):
             await self.store.run()
 
-    async def _in_thread(self, work: Callable[..., None], *arguments: Any) -> None:
+    async def _in_thread(self, work: Callable[..., None], *arguments: Any, limiter: trio.CapacityLimiter) -> None:
         await self._may_write.wait()
         if self._killed == "before":
             raise Killed

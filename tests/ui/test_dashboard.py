@@ -334,8 +334,8 @@ def test_history_shows_the_numbers_of_the_api(tab: Page, fleet: BlockingCluster)
         assert {row.rstrip() for row in rows} == wanted
 
 
-# Lines of the API page that are refused: no action waits for the answer of a worker.
-REFUSED = {"POST /rpc/resolve-ip": "404"}
+# Lines of the API page that are refused: no action waits for the answer of a worker, and no worker has the VM.
+REFUSED = {"POST /rpc/resolve-ip": "404", "PUT /vms/{name}/state": "404"}
 # Operations on VMs that a worker has.
 RUNNING = ("/ip", "/restart")
 
