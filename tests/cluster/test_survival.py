@@ -256,7 +256,7 @@ async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(
                     vm = await c.create_running("vm")
                     worker.stop(signal.SIGKILL)
                 await c.host.run_without_supervisor("orchard-left")
-                c.host.hold("list before")
+                c.host.hold("list of VMs")
                 with c.host.worker() as worker:
                     held = await c.host.wait_held()
                     control.stop(signal.SIGKILL)
