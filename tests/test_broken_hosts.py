@@ -235,6 +235,14 @@ def test_older_state_of_the_same_cluster_is_noticed_until_it_gets_another_id(tmp
     assert not memory.is_restored, "an existing controller tells no revision"
 
 
+@pytest.mark.parametrize("damaged", [b"", b"\xff\x00", b"{}", b"[" * 100_000])
+def test_damaged_memory_of_the_cluster_counts_as_none(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "cluster"
+    path.write_bytes(damaged)
+    memory = ClusterMemory(path)
+    assert (memory.cluster_id, memory.highest) == ("", 0)
+
+
 # ---- health and log -------------------------------------------------------------------------------------------------
 
 

@@ -192,7 +192,7 @@ class Note:
                     # When the script ended is not noted, since the controller knows it.
                     startup = Startup(0, None) if script == "done" and startup is None else startup
                     return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown, resources)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
         # The message does not show the text, which may hold secrets.
         raise ValueError(f"the note about a VM has {len(text)} characters and cannot be read")

@@ -403,7 +403,7 @@ class SyntheticDriver(Driver):
             about: dict[str, Any] = json.loads((self._directory(name) / "vm.json").read_text())
         except FileNotFoundError:
             raise NoSuchVM(f'the specified VM "{name}" does not exist') from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DriverError(f'cannot read the file of VM "{name}" in {self._home}: {error}') from error
         return about
 

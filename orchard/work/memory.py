@@ -58,7 +58,7 @@ class ClusterMemory:
         self.is_restored = False
         self._path = path
         if path is not None:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, RecursionError):
                 match json.loads(path.read_bytes()):
                     case [str(cluster_id), int(highest)]:
                         self.cluster_id, self.highest = cluster_id, highest

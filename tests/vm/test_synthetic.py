@@ -337,9 +337,10 @@ async def test_unwritable_directory_raises_driver_error(driver: SyntheticDriver,
     (home / NAME / "vm.json.new").mkdir()
     with pytest.raises(DriverError, match=r"cannot write .*/vm\.json: Is a directory"):
         await driver.configure(NAME, Hardware(cpu=2))
-    (home / NAME / "vm.json").write_text("torn {")
-    with pytest.raises(DriverError, match="cannot read the file of VM"):
-        await driver.run(NAME, VMSpec())
+    for damaged in ("torn {", "[" * 100_000):
+        (home / NAME / "vm.json").write_text(damaged)
+        with pytest.raises(DriverError, match="cannot read the file of VM"):
+            await driver.run(NAME, VMSpec())
 
 
 async def test_script_in_a_vm_without_a_disk_raises_driver_error(driver: SyntheticDriver) -> None:
