@@ -394,7 +394,7 @@ def _make_synthetic_driver(options: argparse.Namespace, worker: str, dial: Dial 
 
 
 def _make_tart_driver(options: argparse.Namespace, worker: str, dial: Dial | None) -> Driver:
-    """Raises DriverError if there is no tart or vetu program."""
+    """Return the driver of tart or vetu. Raises DriverError if that program is not found."""
     program = find_tart(options.tart, options.runtime)
     home, vetu = orchard_home("worker") / options.runtime, options.runtime == "vetu"
     return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses, dial=dial)

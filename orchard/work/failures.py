@@ -24,9 +24,10 @@ _logger = logging.getLogger("orchard.worker")
 
 
 class FailureLog:
-    """Logs why there is no session with the controller: the first failure, each new reason, and one line a minute.
+    """Logs failures of a worker's session with the controller.
 
-    A failure that trying again cannot mend is logged once.
+    The first failure and each new reason are logged at once, the same reason again at most once a minute. A permanent
+    failure is logged only once.
     """
 
     def __init__(self, worker: str, clock: Callable[[], float]) -> None:
@@ -69,7 +70,7 @@ def backoff_seconds(failures: int, chance: float, *, permanent: bool = False) ->
     """Return the seconds to pause before the next attempt, after so many failures in a row; `chance` is from 0 to 1.
 
     0 failures: a session has ended that had succeeded, maybe at the same moment as those of a thousand other workers.
-    `permanent`: only an operator can mend the failure, so there is no hurry.
+    `permanent`: only an operator can mend the failure, so the pauses may grow longer.
     """
     last = _LAST_PERMANENT_PAUSE if permanent else _LAST_PAUSE
     if failures == 0:
