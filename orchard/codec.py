@@ -6,7 +6,7 @@ its documentation and its bounds. These functions read that declaration:
 * `decode` and `decode_from_client` make an instance from a parsed JSON object, or raise a ValidationError whose message
   names the field, the value and what is accepted;
 * `openapi_schema` makes the class's OpenAPI schema;
-* `dump_resource` of resources/stored_json.py makes the JSON text of an instance.
+* `dump_resource` of resources/json_text.py makes the JSON text of an instance.
 
 `parse_json` is stricter than `json.loads`. It refuses every text that two JSON parsers may read differently (duplicate
 keys, NaN, lone surrogates, UTF-16, very deep nesting), so every other program reads stored data as this one does.

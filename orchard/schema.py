@@ -37,7 +37,7 @@ from orchard.resources.cluster import (
     WorkerDisk,
     WorkerState,
 )
-from orchard.resources.stored_json import decode_stored, members
+from orchard.resources.json_text import decode_stored, members
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 # The beginning of a VM's status_message while its image is being pulled.

@@ -35,7 +35,7 @@ from orchard.base.metrics import WORK_SECONDS, Histogram
 from orchard.base.nursery import Wakeup, unwrap_groups
 from orchard.codec import ValidationError
 from orchard.resources.cluster import ClusterIdentity, Promise
-from orchard.resources.stored_json import decode_stored, dump_resource, members, object_of
+from orchard.resources.json_text import decode_stored, dump_resource, members, object_of
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 from orchard.state.change_log import ChangeLog
 from orchard.state.changes import Change, ChangeFeed, Kind, StoredObject

@@ -61,7 +61,7 @@ from orchard.resources.cluster import (
     VM_RESTART,
     WORKER_STATE,
 )
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,

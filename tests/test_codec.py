@@ -38,7 +38,7 @@ from orchard.codec import (
     shown,
 )
 from orchard.resources.bodies import ControllerInfo, Problem, VMReport, components
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import (
     ClusterSettings,
     Condition,

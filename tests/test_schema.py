@@ -26,7 +26,7 @@ from orchard.codec import (
     parse_json,
 )
 from orchard.resources.bodies import VMAccessToken, VMReport
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.resources.validation import (
     MAX_PAYLOAD,
     MAX_REPORTED,

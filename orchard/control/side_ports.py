@@ -20,7 +20,7 @@ from orchard.net.connection import Limits, Service
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.net.server import serve
 from orchard.resources.cluster import ControllerHealth
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.store import Store
 
 # Few scrapers and load balancers connect.

@@ -10,7 +10,7 @@ from orchard.decisions.early_failures import EarlyFailures
 from orchard.decisions.liveness import Liveness
 from orchard.decisions.planning import Load
 from orchard.resources.cluster import VM_RESTART, Health, WorkerState, merge
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import VM, Worker
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from orchard.resources.cluster import IMAGE_INVENTORY, ImagePull, WorkerDisk
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import Worker
 
 # The scheduler looks again when the free space in these units has changed.

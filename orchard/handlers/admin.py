@@ -23,7 +23,7 @@ from orchard.resources.cluster import (
     WORKER_STATE,
     ControllerHealth,
 )
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import ClusterSettings, ServiceAccount
 from orchard.store import Store
 

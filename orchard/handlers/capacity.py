@@ -17,7 +17,7 @@ from orchard.handlers.parameters import read_choice, read_pairs
 from orchard.net.request import AnyResponse, HTTPError, Query, Request, Response
 from orchard.resources import validation
 from orchard.resources.cluster import Capacity, WorkerCounts, WorkerState
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import VMSpec, Worker
 from orchard.storage.errors import StorageError
 

@@ -18,7 +18,7 @@ from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.resources import validation
 from orchard.resources.bodies import IP, VMAccessToken
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.sessions import SessionSubject
 from orchard.tunnel import WorkerEnd
 

@@ -27,7 +27,7 @@ from orchard.resources import validation
 from orchard.resources.bodies import BulkDeletion, VMReport
 from orchard.resources.cluster import WORKER_STATE
 from orchard.resources.filters import VMFilter
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import VM, VMSpec, is_allowed
 from orchard.state.changes import Change, send_changes
 from orchard.storage.errors import StorageError

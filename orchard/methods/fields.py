@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from orchard.codec import attrs_of
 from orchard.resources.cluster import Webhook
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import (
     OS,
     Arch,

@@ -29,7 +29,7 @@ from orchard.codec import (
 )
 from orchard.resources.bodies import IssueVMAccessTokenRequest, VMReport
 from orchard.resources.cluster import Webhook, bounded, bounded_images, bounded_pull, bounded_versions
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import (
     ARCHIVE,
     DEFAULT_TTL,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from orchard.base.files import write_private
 from orchard.codec import ValidationError, decode, dump_json
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import Event
 from orchard.storage import event_file
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageUnavailableError

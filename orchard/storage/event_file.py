@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchard.codec import dump_json
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import Event
 from orchard.storage.errors import DamagedError
 from orchard.storage.journal import Disk, Journal, line_length

@@ -14,7 +14,7 @@ import trio
 
 from orchard.base.files import HISTORY_FILE
 from orchard.codec import MalformedError, dump_json, parse_time
-from orchard.resources.stored_json import dump_resource
+from orchard.resources.json_text import dump_resource
 from orchard.schema import EndedVM
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords

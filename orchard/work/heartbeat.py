@@ -37,7 +37,7 @@ from orchard.resources.cluster import (
     bounded,
     bounded_versions,
 )
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import Worker
 from orchard.vm.driver import Driver, DriverError, Trouble
 from orchard.vm.host import os_version

@@ -18,7 +18,7 @@ import trio
 from orchard.base.nursery import Wakeup
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.resources.cluster import VM_READY, VM_RESTART
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import VM, Event, Status
 from orchard.vm.instance import Instance
 from orchard.work.failures import backoff_seconds

@@ -27,7 +27,7 @@ import orchard.storage.event_file
 import orchard.storage.event_storage
 import orchard.storage.events
 from orchard.base.nursery import unwrap_groups
-from orchard.resources.stored_json import encode
+from orchard.resources.json_text import encode
 from orchard.schema import Event
 from orchard.storage.errors import (
     BrokenError,

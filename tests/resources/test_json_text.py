@@ -1,4 +1,4 @@
-"""The fast reading of stored resources says what the codec says, of every object; the parts of a VM are written."""
+"""The fast reading of resources says what the codec says, of every object; the parts of a VM are written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.codec import ValidationError, attrs_of, decode
-from orchard.resources import stored_json
+from orchard.resources import json_text
 from orchard.resources.cluster import ClusterIdentity, Promise
-from orchard.resources.stored_json import decode_stored, encode
+from orchard.resources.json_text import decode_stored, encode
 from orchard.schema import VM, ClusterSettings, Event, ServiceAccount, VMMeta, VMSpec, VMState, Worker, vm_from_json
 from orchard.store import encode_object
 
@@ -47,7 +47,7 @@ def test_object_that_was_written_is_read_as_by_the_codec(cls: type[Any]) -> None
 
 
 def test_vm_that_was_written_is_read_without_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_json, "decode", None)
+    monkeypatch.setattr(json_text, "decode", None)
 
     @FEW
     @given(any_vm())
