@@ -47,6 +47,11 @@ from orchard.schema import (
 # The fields that apply at once. They do not concern the worker, which for the others stops (or suspends) the VM and starts it.
 _LIVE = frozenset(field.name for field in attrs_of(VMSpec) if field.change == "at once")
 
+# The fields of a report that replace those of the VM's state, where they are reported. `report` has rules for the others.
+_FACTS = frozenset(field.name for field in attrs_of(VMReport)) - {
+    *("uid", "restart_count", "status", "status_message", "observed_generation", "conditions"),
+}
+
 _UNSCHEDULED = (Condition("scheduled", "false"), Condition("running", "false"))
 _SCHEDULED = (Condition("scheduled", "true"), Condition("running", "false"))
 
@@ -296,13 +301,11 @@ def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
         state,
         status=status,
         status_message=message,
-        image_fqn=seen.image_fqn or state.image_fqn,
         observed_generation=max(state.observed_generation, min(seen.observed_generation, vm.meta.generation)),
         conditions=_reported_conditions(vm, seen, status),
         started_at=state.started_at or (now if status == "running" else None),
-        startup_exit_code=state.startup_exit_code if seen.startup_exit_code is None else seen.startup_exit_code,
-        startup_ended_at=seen.startup_ended_at or state.startup_ended_at,
         ended_at=ended_at,
+        **{name: value for name in _FACTS if (value := getattr(seen, name)) not in (None, "")},
     )
     return vm if new == state else replace(vm, state=new)
 

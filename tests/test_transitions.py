@@ -313,6 +313,12 @@ def test_transitions_leave_metadata_unchanged() -> None:
             assert replace(ACTIONS[action](STATES[state]).meta, generation=0) == STATES[state].meta
 
 
+def test_each_field_that_a_worker_sets_is_in_its_reports() -> None:
+    reported = {field.json for field in attrs_of(VMReport)} - {"uid", "restart_count"}
+    # The controller sets endedAt when a report says that the VM has ended.
+    assert {field.json for field in attrs_of(VMState) if field.writer == "worker"} == reported | {"endedAt"}
+
+
 @pytest.mark.slow
 @QUICK
 @given(any_vm().filter(lambda vm: vm.state.worker != ""), resources(VMReport))

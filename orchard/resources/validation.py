@@ -566,8 +566,11 @@ def _known_conditions(conditions: list[object], unknown: list[str]) -> Iterator[
 
 def _bounded(seen: VMReport) -> VMReport:
     """Return a report whose texts are not longer than they may be."""
-    message = None if seen.status_message is None else shortened(seen.status_message, MAX_REPORTED)
-    return replace(seen, status_message=message, image_fqn=shortened(seen.image_fqn, MAX_REPORTED))
+    values = {field.name: getattr(seen, field.name) for field in attrs_of(VMReport)}
+    texts: dict[str, Any] = {
+        name: shortened(value, MAX_REPORTED) for name, value in values.items() if isinstance(value, str)
+    }
+    return replace(seen, **texts)
 
 
 def report_from_old_worker(raw: object, unknown: list[str]) -> VMReport:

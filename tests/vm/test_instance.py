@@ -30,6 +30,8 @@ from harness.instances import (
 from harness.processes import at_last, at_rest, eventually, processes_in
 from harness.sweeps import AtStep, growing_steps
 
+from orchard.codec import json_names
+from orchard.resources.bodies import VMReport
 from orchard.schema import VM, VMSpec
 from orchard.tart import TartDriver
 from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, Script
@@ -99,6 +101,12 @@ def test_status_and_condition_follow_from_the_phase(phase: Phase) -> None:
     assert (failing.status, failing.message) == (("failed", "no luck") if ended else ("running", ""))
     assert seen.running == (phase in ("adopting", "running", "finishing", "stopping"))
     assert seen.has_guest == (seen.running or phase == "starting")
+
+
+def test_report_has_each_field_that_the_controller_takes() -> None:
+    """The others, `uid` and `restart_count`, are those of the VM."""
+    report = InstanceState("running", observed=1, startup=Startup(0, 12.5)).report()
+    assert report.keys() == json_names(VMReport) - {"uid", "restart_count"}
 
 
 # ---- reports and changes ---------------------------------------------------------------------------------------------
