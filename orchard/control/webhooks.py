@@ -366,8 +366,9 @@ class Webhooks:
         state = self._store.state
         waiting = {vm.uid for vm in state.vms.values() if vm.state.status == "pending" and not vm.state.worker}
         self._absent = {name: at for name, at in self._absent.items() if name in state.workers}
-        known = {"vm.unplaceable": waiting, "queue.old": {""}}
-        self._told = {(event, name) for event, name in self._told if name in known.get(event, state.workers.keys())}
+        workers = state.workers.keys()
+        known = {"vm.unplaceable": waiting, "queue.old": {""}, "worker.offline": workers, "disk.low": workers}
+        self._told = {(event, name) for event, name in self._told if name in known[event]}
 
 
 def _has_failed(old: VM, new: VM) -> bool:
