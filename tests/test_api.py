@@ -17,7 +17,7 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import HeldDisk
-from harness.every_field import EVERY_FIELD
+from harness.every_field import EVERY_FIELD, EVERY_SETTING
 from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm
 from harness.served import BEGAN, Answered, Sender, Served, served
 from trio.testing import assert_no_checkpoints
@@ -25,7 +25,7 @@ from trio.testing import assert_no_checkpoints
 import orchard
 from orchard import __version__, auth, transitions
 from orchard.base.files import STATE_FILE
-from orchard.codec import InvalidError, attrs_of
+from orchard.codec import InvalidError
 from orchard.control.scheduling_loop import VMS_PER_PLAN
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.decisions.login_limit import TooManyFailuresError
@@ -37,7 +37,7 @@ from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Query, Request, Stream
 from orchard.operations import OPERATIONS
 from orchard.resources.validation import vm_from_client
-from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ClusterSettings, Role, ServiceAccount
+from orchard.schema import TART_VMS, WORKER_NAME_LABEL, Role, ServiceAccount
 from orchard.state.changes import Change
 from orchard.storage.journal import Disk, Journal
 from orchard.storage.state_file import snapshot_lines
@@ -121,25 +121,15 @@ async def test_absent_booleans_are_false_in_put_and_unchanged_in_patch(api: Serv
 
 
 async def test_go_client_that_sends_back_what_it_reads_changes_nothing(tmp_path: Path) -> None:
-    settings = {
-        "schedulerProfile": "distribute-load",
-        "defaultTTLSeconds": 60,
-        "maxTTLSeconds": 3600,
-        "minFreeDiskGB": 5,
-        "workerPruneSeconds": 3600,
-        "prepull": [{"image": "base"}],
-        "hostDirPolicies": [{"pathPrefix": "/a"}],
-        "webhooks": [{"url": "https://receiver.example/"}],
-    }
-    # It is not shown again.
-    secret = {"webhooks": [{"url": "https://receiver.example/", "secret": "s" * 16}]}
+    # A secret is not shown again.
+    shown = [{name: value for name, value in one.items() if name != "secret"} for one in EVERY_SETTING["webhooks"]]
+    settings = {**EVERY_SETTING, "webhooks": shown}
     new = EVERY_FIELD.keys() - GO_FIELDS - NOT_BY_PUT
     script = {"script_content": "echo", "transport": "tart-guest-agent"}
     fields = {**{name: EVERY_FIELD[name] for name in new}, "startup_script": script}
-    assert settings.keys() == {field.json for field in attrs_of(ClusterSettings)}
     async with served(tmp_path, ServiceAccount("go", token="t" * 16, roles=get_args(Role))) as api:
         call = partial(api.call, account=("go", "t" * 16))
-        assert (await call("PUT", "/cluster-settings", settings | secret)).body == settings
+        assert (await call("PUT", "/cluster-settings", EVERY_SETTING)).body == settings
         vm = (await call("POST", "/vms", {"name": "vm", "image": "image", **fields})).body
         assert (vm["createdBy"], "expiresAt" in vm) == ("go", True)
         sent = {name: value for name, value in settings.items() if name in GO_SETTINGS}
@@ -927,10 +917,7 @@ async def test_every_operation_requires_exactly_its_role(tmp_path: Path, operati
 
 
 def test_roles_of_all_operations() -> None:
-    by_role: dict[str | None, set[str]] = {}
-    for op in OPERATIONS:
-        by_role.setdefault(op.role, set()).add(f"{op.method} {op.path}")
-    assert by_role == {
+    operations: dict[str | None, set[str]] = {
         "public": {"GET /openapi.json", "GET /health"},
         None: {"GET /", "GET /controller/info"},
         "compute:read": {
@@ -958,6 +945,8 @@ def test_roles_of_all_operations() -> None:
             *("PUT /cluster-settings", "GET /workers/{name}/port-forward", "POST /controller/accept-state"),
         },
     }
+    expected = {operation: role for role, listed in operations.items() for operation in listed}
+    assert {f"{op.method} {op.path}": op.role for op in OPERATIONS} == expected
 
 
 def test_compute_write_allows_connecting_to_vms() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from harness.every_field import EVERY_FIELD
+from harness.every_field import EVERY_FIELD, EVERY_SETTING
 from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm, without_zeros
 from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec, vm_json
 from hypothesis import given
@@ -694,8 +694,6 @@ LIVES = {
 def test_changed_read_only_fields_are_ignored(
     vm: VM, change_spec: Callable[[VMSpec, object, list[str]], VMSpec]
 ) -> None:
-    read_only = {field.json for part in (VMMeta, VMState) for field in attrs_of(part)}
-    assert FORGED.keys() == read_only | {"localName", "tartName"}
     for body in (vm_json(vm), {**vm_json(vm), **FORGED}, {**without_zeros(vm_json(vm)), **FORGED}):
         unknown: list[str] = []
         assert change(vm, change_spec(vm.spec, body, unknown)) is vm
@@ -703,6 +701,8 @@ def test_changed_read_only_fields_are_ignored(
 
 
 def test_read_only_fields_of_a_new_vm_are_ignored() -> None:
+    read_only = {field.json for part in (VMMeta, VMState) for field in attrs_of(part)}
+    assert FORGED.keys() == read_only | {"localName", "tartName"}
     unknown: list[str] = []
     assert vm_from_client({**FORGED, **MINIMAL}, unknown) == ("vm", created())
     assert unknown == []
@@ -710,10 +710,11 @@ def test_read_only_fields_of_a_new_vm_are_ignored() -> None:
 
 def test_long_texts_of_workers_are_cut() -> None:
     long = "x" * 100_000
-    seen = report_from_worker({"status": "failed", "status_message": long, "image_fqn": long}, [])
-    for text in (seen.status_message, seen.image_fqn):
-        assert text is not None
-        assert (len(text), text[-4:]) == (MAX_REPORTED, "x...")
+    texts = [field for field in attrs_of(VMReport) if field.type in (str, str | None)]
+    seen = report_from_worker({"status": "failed", **{field.json: long for field in texts}}, [])
+    for field in texts:
+        text = getattr(seen, field.name)
+        assert (len(text), text[-4:]) == (MAX_REPORTED, "x..."), field.json
     (event,) = events_from_client([{"kind": "log_line", "payload": long}], [])
     assert (len(event.payload), event.payload[-4:]) == (MAX_PAYLOAD, "x...")
     with pytest.raises(InvalidError, match="10001 items, expected at most 10000"):
@@ -1034,37 +1035,24 @@ def test_invalid_account_is_refused(raw: object, kind: type[ValidationError], wo
     assert "secret" not in refused[1]
 
 
-# Every cluster setting, with another value than its default.
-SETTINGS: dict[str, Any] = {
-    "hostDirPolicies": [{"pathPrefix": "/a", "ro": True}],
-    "schedulerProfile": "distribute-load",
-    "defaultTTLSeconds": 3600,
-    "maxTTLSeconds": 7200,
-    "minFreeDiskGB": 20,
-    "workerPruneSeconds": 86_400,
-    "prepull": [{"image": "base", "labels": {"model": "mini"}}, {"image": "ghcr.io/a/b:c"}],
-    "webhooks": [{"url": "https://a.example/", "events": ["vm.failed"], "secret": "sixteen letters."}],
-}
-
-
 def test_put_of_a_go_client_loses_no_setting_that_it_does_not_know() -> None:
     unknown: list[str] = []
-    stored = replaced_settings(ClusterSettings(unknown={"newer": 1}), SETTINGS, unknown)
-    assert (encode(stored), unknown) == ({**SETTINGS, "newer": 1}, [])
+    stored = replaced_settings(ClusterSettings(unknown={"newer": 1}), EVERY_SETTING, unknown)
+    assert (encode(stored), unknown) == ({**EVERY_SETTING, "newer": 1}, [])
     for field in attrs_of(ClusterSettings):
-        assert getattr(stored, field.name) != getattr(ClusterSettings(), field.name)
-    known = {name: value for name, value in SETTINGS.items() if name in GO_SETTINGS}
+        assert getattr(stored, field.name) != getattr(ClusterSettings(), field.name), field.json
+    known = {name: value for name, value in EVERY_SETTING.items() if name in GO_SETTINGS}
     assert replaced_settings(stored, known, []) == stored
     without = replaced_settings(stored, {}, [])
-    assert encode(without) == {**SETTINGS, **encode(ClusterSettings()), "newer": 1}
-    assert replaced_settings(stored, {**known, **dict.fromkeys(SETTINGS.keys() - GO_SETTINGS)}, []) == stored
+    assert encode(without) == {**EVERY_SETTING, **encode(ClusterSettings()), "newer": 1}
+    assert replaced_settings(stored, {**known, **dict.fromkeys(EVERY_SETTING.keys() - GO_SETTINGS)}, []) == stored
 
 
-@pytest.mark.parametrize("field", sorted(SETTINGS.keys() - GO_SETTINGS))
+@pytest.mark.parametrize("field", sorted(EVERY_SETTING.keys() - GO_SETTINGS))
 def test_zero_or_an_empty_list_clears_a_new_setting(field: str) -> None:
-    stored = replaced_settings(ClusterSettings(), SETTINGS, [])
-    cleared = replaced_settings(stored, {**SETTINGS, field: [] if field in ("prepull", "webhooks") else 0}, [])
-    assert encode(cleared) == {name: value for name, value in SETTINGS.items() if name != field}
+    stored = replaced_settings(ClusterSettings(), EVERY_SETTING, [])
+    cleared = replaced_settings(stored, {**EVERY_SETTING, field: [] if field in ("prepull", "webhooks") else 0}, [])
+    assert encode(cleared) == {name: value for name, value in EVERY_SETTING.items() if name != field}
 
 
 def test_settings_have_defaults() -> None:

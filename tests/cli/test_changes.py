@@ -11,7 +11,9 @@ from harness.processes import ORCHARD, call_main, finished
 from orchard.cli.changes import is_changed
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
-from orchard.cli.main import main
+from orchard.cli.main import main, make_parser
+from orchard.codec import attrs_of
+from orchard.schema import ClusterSettings
 
 
 def run(dev: Path, *words: str) -> list[str]:
@@ -163,6 +165,11 @@ def test_settings_that_are_not_named_stay(dev: Path, api: ControllerConnection) 
             before["schedulerProfile"],
             *words,
         )
+
+
+def test_each_setting_has_an_option() -> None:
+    declared = {action.dest for action in make_parser("set")._actions}
+    assert {field.json for field in attrs_of(ClusterSettings)} - declared == set()
 
 
 def test_new_token_of_an_account_replaces_the_one_in_its_contexts(

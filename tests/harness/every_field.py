@@ -1,4 +1,4 @@
-"""Each field of a VM's specification as clients send it, with another value than its default."""
+"""Each field of a VM's specification and each cluster setting as clients send it, with another value than its default."""
 
 from __future__ import annotations
 
@@ -40,4 +40,15 @@ EVERY_FIELD: dict[str, Any] = {
     "metadata": {"pipeline": "1234"},
     "priority": 10,
     "preferredLabels": {"model": "macstudio"},
+}
+
+EVERY_SETTING: dict[str, Any] = {
+    "hostDirPolicies": [{"pathPrefix": "/a", "ro": True}],
+    "schedulerProfile": "distribute-load",
+    "defaultTTLSeconds": 3600,
+    "maxTTLSeconds": 7200,
+    "minFreeDiskGB": 20,
+    "workerPruneSeconds": 86_400,
+    "prepull": [{"image": "base", "labels": {"model": "mini"}}, {"image": "ghcr.io/a/b:c"}],
+    "webhooks": [{"url": "https://a.example/", "events": ["vm.failed"], "secret": "sixteen letters."}],
 }
