@@ -21,7 +21,6 @@ from orchard.base.files import (
     ACCESS_KEY_FILE,
     CONTROLLER_LOCK_FILE,
     EVENTS_DIRECTORY,
-    LIFECYCLE_FILE,
     SSH_HOST_KEY_FILE,
     STATE_FILE,
     TLS_CERTIFICATE_FILE,
@@ -32,7 +31,7 @@ from orchard.base.files import (
     write_private,
 )
 from orchard.base.nursery import unwrap_groups
-from orchard.codec import decode, dump_json, format_time
+from orchard.codec import decode, format_time
 from orchard.control.stored_data import utc_now
 from orchard.schema import Event
 from orchard.storage.engine import Tables
@@ -108,12 +107,9 @@ async def read_directory(directory: Path) -> AsyncIterator[tuple[Copy, Events]]:
             state = _checked(build_state(contents), str(directory))
             uids = {vm.uid for vm in state.vms.values()}
             copy = Copy(state.tables(), state.revision, contents.time or utc_now())
-            copy.lifecycle = [
-                dump_json(record)
-                for _, record in lifecycle_file(directory / EVENTS_DIRECTORY).inspect()
-                if record.get("uid") in uids
-            ]
-            copy.history = [dump_json(record) for _, record in history_file(directory).inspect()]
+            copy.lifecycle, copy.history = _live_records(
+                lifecycle_file(directory / EVENTS_DIRECTORY), history_file(directory), uids
+            )
             for name, files in SECRETS.items():
                 if all((directory / file).exists() for file in files):
                     copy.secrets[name] = {file: (directory / file).read_bytes() for file in files}
@@ -126,7 +122,7 @@ async def read_directory(directory: Path) -> AsyncIterator[tuple[Copy, Events]]:
 async def _events_in_files(directory: Path, uids: set[str]) -> Events:
     for uid in sorted(uids):
         path = directory / f"{uid}.jsonl"
-        if path.exists() and path.name != LIFECYCLE_FILE:
+        if path.exists():
             file = EventFile(directory, uid, Disk())
             file.inspect()
             for block in file.blocks(0, file.count):
@@ -147,7 +143,7 @@ async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Cop
     result = await client.transact([], [get(f"{prefix}/head")])
     (found,), now = result["found"], result["revision"]
     if not found:
-        raise CopyError(f"there is no state in etcd with the prefix {prefix}")
+        raise CopyError(f"there is no state in etcd with the prefix {prefix}; check --etcd-prefix")
     head = decode_head(found[0])
     contents = EtcdContents(head.revision, prefix=prefix)
     await read_objects(client, contents, head, now)
@@ -160,10 +156,7 @@ async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Cop
     lifecycle, ended = (EtcdRecords(client, prefix, reader, kind) for kind in ("lifecycle", "history"))
     for stored in (lifecycle, ended):
         await stored.load(now)
-    LifecycleLog(lifecycle).inspect(uids)
-    History(ended).inspect()
-    copy.lifecycle = [dump_json(record) for _, record in lifecycle.inspect() if record["uid"] in uids]
-    copy.history = [dump_json(record) for _, record in ended.inspect()]
+    copy.lifecycle, copy.history = _live_records(lifecycle, ended, uids)
     for name, files in SECRETS.items():
         if (secret := await client.get(f"{prefix}/secret/{name}")) is not None:
             copy.secrets[name] = decode_secret(secret, files)
@@ -191,6 +184,14 @@ async def _events_in_etcd(client: EtcdClient, prefix: str, revision: int, uids: 
             yield uid, events
 
 
+def _live_records(lifecycle: StoredRecords, history: StoredRecords, uids: set[str]) -> tuple[list[bytes], list[bytes]]:
+    """Return the lifecycle events of the VMs with these uids, and the history. Raises DamagedError, OSError."""
+    log, ended = LifecycleLog(lifecycle), History(history)
+    log.inspect(uids)
+    ended.inspect()
+    return log.live(), ended.live()
+
+
 def _checked(state: State, where: str) -> State:
     if problems := check(state, json_is_new=True):
         raise CopyError(f"{where}: the state is inconsistent: {'; '.join(problems[:5])}")
@@ -202,8 +203,7 @@ def _checked(state: State, where: str) -> State:
 
 async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
     """Write a data directory, which must not exist or be empty. Raises CopyError, NotWrittenError, OSError."""
-    if not _is_free(directory):
-        raise CopyError(f"{directory} is not empty; choose another directory")
+    directory = _free_place(directory)
     draft = directory.with_name(f"{directory.name}.copy")
     try:
         draft.mkdir(mode=0o700, parents=True)
@@ -219,7 +219,7 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
         (lifecycle_file(draft / EVENTS_DIRECTORY), copy.lifecycle),
         (history_file(draft), copy.history),
     ):
-        await _append(stored, records)
+        await _write_records(stored, records)
     for contents in copy.secrets.values():
         for name, content in contents.items():
             write_private(draft / name, content)
@@ -231,34 +231,49 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
     sync_directory(directory.parent)
 
 
-def _is_free(directory: Path) -> bool:
-    return not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+def _free_place(directory: Path) -> Path:
+    """Return the full path of a directory. Raises CopyError unless a rename can put another in its place."""
+    # "." has no name to which another could be added, and a symbolic link cannot be replaced by a directory.
+    directory = directory.resolve()
+    if directory.is_mount():
+        raise CopyError(f"{directory} is a mount point, which cannot be replaced; choose a new directory in it")
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise CopyError(f"{directory} is not empty; choose another directory")
+    return directory
 
 
-async def _append(stored: StoredRecords, records: Sequence[bytes]) -> None:
-    for start in range(0, len(records), 1_000):
-        # All records count as live, so nothing is replaced.
-        await stored.append(records[start : start + 1_000], len(records), list)
+async def _write_records(stored: StoredRecords, records: Sequence[bytes]) -> None:
+    """Write all records at once. A second append might replace those of the first, which are not in memory."""
+    if records:
+        await stored.append(records, len(records), list)
 
 
 async def write_etcd(client: EtcdClient, prefix: str, copy: Copy, events: Events) -> None:
     """Write everything to etcd, which must have no key with the prefix. Raises CopyError, EtcdRequestError."""
-    if found := await client.scan(f"{prefix}/", keys_only=True):
-        raise CopyError(
-            f"etcd prefix {prefix} is not empty: it has the key {found[0].key}; choose another one, or delete the keys if"
-            " they are left of a copy that was interrupted"
-        )
-    _check_sizes(copy)
     leadership = Leadership(client, prefix, _campaign())
+    await _check_empty(client, prefix)
+    _check_sizes(copy)
     await leadership.campaign()
     try:
         with unwrap_groups():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(leadership.run)
+                # Another program may have written since the last check.
+                await _check_empty(client, prefix, but=leadership.key)
                 await _write_all(client, prefix, leadership, copy, events)
                 nursery.cancel_scope.cancel()
     finally:
         await leadership.resign()
+
+
+async def _check_empty(client: EtcdClient, prefix: str, *, but: str = "") -> None:
+    """Raise CopyError if etcd has a key with the prefix, other than `but`."""
+    for found in await client.scan(f"{prefix}/", keys_only=True):
+        if found.key != but:
+            raise CopyError(
+                f"etcd prefix {prefix} is not empty: it has the key {found.key}; choose another one, or delete the keys"
+                " if they are left of a copy that was interrupted"
+            )
 
 
 async def _write_all(client: EtcdClient, prefix: str, leadership: Leadership, copy: Copy, events: Events) -> None:
@@ -269,7 +284,7 @@ async def _write_all(client: EtcdClient, prefix: str, leadership: Leadership, co
             if error is not None:
                 raise error
     for kind, records in (("lifecycle", copy.lifecycle), ("history", copy.history)):
-        await _append(EtcdRecords(client, prefix, leadership, kind), records)
+        await _write_records(EtcdRecords(client, prefix, leadership, kind), records)
     for operations in _operations(prefix, copy):
         await leadership.write(operations)
     head = Head(copy.revision, 0, leadership.by, 0, format_time(copy.time))

@@ -85,5 +85,5 @@ class History(BatchedRecords[EndedVM]):
     def _live_count(self) -> int:
         return len(self._ended)
 
-    def _live(self) -> list[bytes]:
+    def live(self) -> list[bytes]:
         return [text for _, text in list(self._ended)]

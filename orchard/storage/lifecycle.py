@@ -160,7 +160,7 @@ class LifecycleLog(BatchedRecords[WaitingEvent]):
     def _live_count(self) -> int:
         return self._count
 
-    def _live(self) -> list[bytes]:
+    def live(self) -> list[bytes]:
         # list() is one step of the interpreter, so no other thread can change the originals meanwhile.
         return [_stored(uid, *event) for uid, lifecycle in list(self._vms.items()) for event in list(lifecycle.events)]
 

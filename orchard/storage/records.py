@@ -209,7 +209,7 @@ class BatchedRecords(Generic[RecordT]):
         texts = self._prepare(records)
         try:
             if texts:
-                await self.stored.append(texts, self._live_count(), self._live)
+                await self.stored.append(texts, self._live_count(), self.live)
         except NotWrittenError as error:
             _logger.warning("records were not stored, retrying: %s", error)
             self._gathering.records = deque([*records, *self._gathering.records], MAX_UNWRITTEN)
@@ -244,6 +244,6 @@ class BatchedRecords(Generic[RecordT]):
         """Return the number of records in memory."""
         raise NotImplementedError
 
-    def _live(self) -> list[bytes]:
+    def live(self) -> list[bytes]:
         """Return the JSON of all records in memory as it is stored. Called in the thread."""
         raise NotImplementedError

@@ -33,6 +33,7 @@ from orchard.control.store_copy import (
 from orchard.control.stored_data import load_access_key, open_data_directory
 from orchard.etcd_nodes import etcd_nodes
 from orchard.resources.cluster import ClusterIdentity, Promise, Webhook
+from orchard.resources.json_text import dump_resource
 from orchard.schema import ClusterSettings, EndedVM, Event, HostDirPolicy, Prepull
 from orchard.storage.errors import DamagedError
 from orchard.storage.etcd import EtcdAccess, EtcdClient
@@ -137,6 +138,56 @@ async def test_target_that_is_not_empty_is_refused_and_unchanged(tmp_path: Path)
             await write_etcd(client, PREFIX, copy, events)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
     assert list(etcd.values) == [b"/orchard/x"]
+
+
+async def test_history_that_is_larger_than_one_transaction_is_copied_whole(tmp_path: Path) -> None:
+    await prepare(tmp_path / "source")
+    ended = [EndedVM(name=f"vm-{n}", uid=f"uid-{n}", ended_at=BEGAN, metadata={"x": 1_000 * "x"}) for n in range(2_100)]
+    expected = list(map(dump_resource, ended))
+    async with memory_client(MemoryEtcd()) as client:
+        async with read_directory(tmp_path / "source") as (copy, events):
+            copy.history = expected
+            await write_etcd(client, PREFIX, copy, events)
+        async with read_etcd(client, PREFIX) as (copy, events):
+            assert copy.history == expected
+            await write_directory(tmp_path / "target", copy, events)
+    async with read_directory(tmp_path / "target") as (copy, _):
+        assert copy.history == expected
+
+
+async def test_prefix_that_another_program_uses_during_the_campaign_is_refused_and_unchanged(tmp_path: Path) -> None:
+    await prepare(tmp_path / "source")
+    etcd = MemoryEtcd()
+
+    async def write(path: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if path == "/v3/lease/grant":
+            etcd.answer("/v3/kv/put", {"key": encoded(b"/orchard/vm/x"), "value": encoded(b"precious")})
+
+    etcd.before = write
+    async with memory_client(etcd) as client, read_directory(tmp_path / "source") as (copy, events):
+        with pytest.raises(CopyError, match="/orchard/vm/x"):
+            await write_etcd(client, PREFIX, copy, events)
+    assert list(etcd.values) == [b"/orchard/vm/x"]
+
+
+@pytest.mark.parametrize("name", [".", "link"])
+async def test_empty_directory_is_a_target_by_any_name(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    monkeypatch.chdir(tmp_path / ("target" if name == "." else "empty"))
+    async with read_directory(source) as (copy, events):
+        await write_directory(Path(name), copy, events)
+    assert await all_of(tmp_path / "target") == await all_of(source)
+
+
+async def test_mount_point_is_refused_before_anything_is_written(source: Path) -> None:
+    async with read_directory(source) as (copy, events):
+        with pytest.raises(CopyError, match="/ is a mount point"):
+            await write_directory(Path("/"), copy, events)
 
 
 @pytest.mark.parametrize("ranges", [1, 13])
