@@ -44,6 +44,7 @@ from orchard.base.nursery import Wakeup
 from orchard.codec import dump_json, shown
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
 from orchard.net.wsframes import ABNORMAL, GOING_AWAY, INTERNAL_ERROR, NO_STATUS, NORMAL, Close
+from orchard.resources.cluster import MAX_PENDING_OF_VM, MAX_TUNNELS_OF_VM
 from orchard.schema import VM
 from orchard.store import Store
 
@@ -51,14 +52,12 @@ from orchard.store import Store
 LEAST_SECONDS = 10.0  # seconds
 # A worker's end is closed if the client's task does not begin to use it within this time.
 CLAIM_SECONDS = 10.0  # seconds
-# Requests that wait for their workers, in all, of one sender, and for one VM or host of a worker. Each belongs to an HTTP
-# request or SSH channel with a deadline. So neither one sender nor the holders of one VM's access tokens can keep others
-# from asking.
-MAX_PENDING, MAX_PENDING_OF_SENDER, MAX_PENDING_OF_VM = 4096, 1024, 256
+# Requests that wait for their workers, in all and of one sender; MAX_PENDING_OF_VM is for one VM or host of a worker. Each
+# belongs to an HTTP request or SSH channel with a deadline. So neither one sender nor the holders of one VM's access tokens
+# can keep others from asking.
+MAX_PENDING, MAX_PENDING_OF_SENDER = 4096, 1024
 # Of those, requests for one VM or host that its worker works on. Each may start a process on its host.
 MAX_ASKED_OF_VM = 32
-# Open tunnels into one VM, which is a quarter of what a worker allows in all.
-MAX_TUNNELS_OF_VM = 1024
 # Limit for a worker's watch to answer a ping when another watch is to replace it.
 PONG_SECONDS = 2.0
 _SYNC: Mapping[str, Any] = {"syncVMsAction": {}}

@@ -17,10 +17,10 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 from orchard import tunnel
 from orchard.net import websocket
 from orchard.net.wsframes import BINARY, CLOSE, PONG, Close
+from orchard.resources.cluster import MAX_PENDING_OF_VM
 from orchard.tunnel import (
     CLAIM_SECONDS,
     LEAST_SECONDS,
-    MAX_PENDING_OF_VM,
     PONG_SECONDS,
     PendingRequest,
     Rendezvous,

@@ -27,6 +27,7 @@ from orchard.codec import dump_json
 from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
+from orchard.resources.cluster import MAX_PENDING_OF_VM, MAX_TUNNELS_OF_VM
 from orchard.schema import RUNTIMES, TART_VMS, VM, Runtime, Status, VMSpec, Worker
 from orchard.tart import TartDriver
 from orchard.vm import ending, supervised, supervisor
@@ -797,6 +798,16 @@ async def test_number_of_requests_in_progress_is_bounded(
         ("port-forward", ""),
         ("port-forward", "the worker has 2 tunnels open, which is its limit; close some"),
     ]
+
+
+async def test_all_requests_that_a_controller_may_have_for_one_vm_are_taken(
+    cluster: InProcessCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    action = {"resolveIPAction": {"session": "s", "vmUID": "none"}}
+    impostor = Impostor(*[action] * (MAX_TUNNELS_OF_VM + MAX_PENDING_OF_VM), {})
+    async with impostor.working(cluster):
+        await eventually(lambda: "unknown action ignored" in caplog.text)
+    assert "too many running" not in caplog.text
 
 
 def test_each_runtime_has_traits_and_a_driver() -> None:

@@ -24,6 +24,7 @@ import trio
 from orchard.client import Client, ClientError
 from orchard.net.tcp import describe_network_error, splice
 from orchard.net.wsframes import INTERNAL_ERROR, NORMAL
+from orchard.resources.cluster import MAX_PENDING_OF_VM, MAX_TUNNELS_OF_VM
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.instance import Instance
 from orchard.work.heartbeat import Lease
@@ -36,11 +37,11 @@ _HEARTBEATS_PER_PING = 2
 # Limit for a port of a VM to accept a connection.
 _CONNECT_SECONDS = 10.0
 # Each tunnel has two sockets, and buffers half a MiB for each direction whose reader is slow.
-_MAX_TUNNELS = 4096
+_MAX_TUNNELS = 4 * MAX_TUNNELS_OF_VM
 # The most requests in progress: as many tunnels as there may be, and as many refusals and addresses.
 _MAX_REQUESTS = 2 * _MAX_TUNNELS
-# The most requests for one VM, so that clients of one VM cannot keep others from theirs.
-_MAX_VM_REQUESTS = 512
+# The most requests for one VM, open tunnels among them, so that clients of one VM cannot keep others from theirs.
+_MAX_VM_REQUESTS = MAX_TUNNELS_OF_VM + MAX_PENDING_OF_VM
 # Limit for a worker that was just started to find its VMs. The controller's clients have deadlines of their own.
 _ADOPTION_SECONDS = 60.0
 
