@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,8 +112,9 @@ def listens(directory: Path, port: int) -> bool:
     Takes milliseconds.
     """
     sockets = _listening_sockets(port)
-    # Not if the parent is init: it may listen for other programs, such as the host's sshd.
-    if _holds(os.getpid(), sockets) or (os.getppid() != 1 and _holds(os.getppid(), sockets)):
+    # Not if the parent is init: it may listen for other programs, such as the host's sshd. This process comes second,
+    # since it may have thousands of connections open.
+    if (os.getppid() != 1 and _holds(os.getppid(), sockets)) or _holds(os.getpid(), sockets):
         return True
     processes = dict(_processes())
     return any(
@@ -139,11 +141,13 @@ def _listening_sockets(port: int) -> set[str]:
         return set(_output("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-t"))
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for row in Path(table).read_text().splitlines()[1:]:
-                # number, local address and port, remote ones, state (0A: listening), five more, inode
-                words = row.split()
-                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+        # A thousand connections take milliseconds, so only the listening sockets are read, which the kernel lists first
+        # (Documentation/networking/proc_net_tcp.rst).
+        with suppress(OSError), Path(table).open() as rows:
+            next(rows)
+            # number, local address and port, remote ones, state (0A: listening), five more, inode
+            for words in takewhile(lambda words: words[3] == "0A", map(str.split, rows)):
+                if int(words[1].rpartition(":")[2], 16) == port:
                     found.add(f"socket:[{words[9]}]")
     return found
 
@@ -152,9 +156,10 @@ def _holds(number: int, sockets: set[str]) -> bool:
     """Return whether a process has one of the sockets open."""
     if not _has_proc():
         return str(number) in sockets
-    with suppress(OSError):
-        for descriptor in Path(f"/proc/{number}/fd").iterdir():
+    with suppress(OSError), os.scandir(f"/proc/{number}/fd") as descriptors:
+        for descriptor in descriptors:
             with suppress(OSError):
-                if str(descriptor.readlink()) in sockets:
+                # A process may have thousands of them.
+                if os.readlink(descriptor.path) in sockets:  # noqa: PTH115
                     return True
     return False
