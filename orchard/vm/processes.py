@@ -245,6 +245,8 @@ class Calls:
     def __init__(self, directory: Path, env: Mapping[str, str]) -> None:
         self._directory = directory
         self.env = env
+        # The files of programs that run.
+        self._running: set[Path] = set()
 
     async def run(
         self, command: Sequence[str], *, label: str, on_output: Callable[[bytes], None] | None = None
@@ -252,6 +254,7 @@ class Calls:
         """Run a program as `run_program` does. `label` begins the file's name. Raises DriverError."""
         path = self._directory / f"{label}-{secrets.token_hex(8)}"
         wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
+        self._running.add(path)
         try:
             with reporting(f"cannot write {path}"):
                 make_private(self._directory)
@@ -259,6 +262,7 @@ class Calls:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     completed = await run_program(wrapped, stdin=file.fileno(), env=self.env, on_output=on_output)
         finally:
+            self._running.discard(path)
             # A file of a program that has ended does no harm if it cannot be deleted.
             with suppress(OSError):
                 path.unlink()
@@ -268,7 +272,7 @@ class Calls:
 
     async def end_left(self, seconds: float) -> None:
         """End the programs that a killed worker left: with SIGINT, and after `seconds` with SIGKILL. Raises OSError."""
-        left = [path for path in self._directory.glob("*") if path.is_file()]
+        left = [path for path in self._directory.glob("*") if path.is_file() and path not in self._running]
         await _signal_until_ended(left, signal.SIGINT, seconds)
         await _signal_until_ended(left, signal.SIGKILL, KILL_SECONDS)
         for path in left:

@@ -231,3 +231,19 @@ async def test_end_left_interrupts_or_kills_the_call_of_a_killed_worker(
     await Calls(directory, os.environ).end_left(seconds)
     assert await trio.to_thread.run_sync(left.wait) == -number
     assert list(directory.iterdir()) == []
+
+
+async def test_end_left_does_not_end_calls_of_the_same_worker(tmp_path: Path) -> None:
+    calls, fifo, begun = Calls(tmp_path / "calls", os.environ), tmp_path / "fifo", trio.Event()
+    os.mkfifo(fifo)
+
+    async def run() -> None:
+        words = ["/bin/sh", "-c", f"echo begun; read line <{fifo}; echo $line"]
+        completed = await calls.run(words, label="list", on_output=lambda _: begun.set())
+        assert (completed.status, completed.stdout) == (0, b"begun\nended\n")
+
+    async with trio.open_nursery() as running:
+        running.start_soon(run)
+        await begun.wait()
+        await calls.end_left(0.0)
+        await trio.to_thread.run_sync(fifo.write_text, "ended\n")
