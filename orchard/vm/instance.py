@@ -325,7 +325,7 @@ class Instance:
     async def _run(self, stay: Callable[..., Awaitable[None]]) -> None:
         """Run `stay`, the driver's `run` or `attach`, until the guest ends; end the guest for a newer generation.
 
-        Runs the startup script meanwhile. Raises DriverError if the guest ends by itself.
+        Runs the startup script meanwhile. Raises DriverError if the guest ends and there is no newer generation.
         """
         # The guest's task ends last, and with it everything that uses the guest.
         async with trio.open_nursery() as nursery:
@@ -339,9 +339,11 @@ class Instance:
                 while self.vm.meta.generation == self._note.generation and self.state.has_guest and not self._told:
                     await self._news.wait()
                 using.cancel_scope.cancel()
-            if not self.state.has_guest:
+            if self.state.has_guest:
+                await self._finish()
+            elif self._told or self._note.generation == self.vm.meta.generation:
                 raise DriverError(SHUT_DOWN)
-            await self._finish()
+            # The guest may end before it is told to: an earlier worker has stopped it for the newer generation.
             if self.state.has_guest:
                 await self._end_guest()
         self._host.changed()

@@ -299,15 +299,24 @@ async def test_change_made_without_a_worker_is_applied_after_adoption(
         assert host.vm_json(instance)["state"] == state
 
 
+@pytest.mark.parametrize("during", [False, True])
 @pytest.mark.parametrize("patch", [{}, {"cpu": 8}, {"powerState": "stopped"}])
-async def test_vm_that_ended_before_its_adoption_fails_unless_there_is_a_newer_generation(
-    host: Host, patch: dict[str, object]
+async def test_vm_that_ends_before_or_during_its_adoption_fails_unless_there_is_a_newer_generation(
+    host: Host, monkeypatch: pytest.MonkeyPatch, patch: dict[str, object], *, during: bool
 ) -> None:
     """An earlier worker may have stopped it for that generation, and ended before the guest did."""
     vm = assigned_vm()
     async with left_by_a_worker(host, vm) as instance:
         pass
-    await host.driver.stop(instance.name)
+
+    async def attach(name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await host.driver.stop(name)
+
+    if during:
+        monkeypatch.setattr(host.driver, "attach", attach)
+    else:
+        await host.driver.stop(instance.name)
     async with adopted(host, changed(vm, **patch) if patch else vm) as instance:
         if patch:
             await until(instance, lambda i: i.state.observed == 1)
