@@ -74,7 +74,8 @@ class EarlyFailures:
 
     def avoided(self, uid: str) -> Mapping[str, float]:
         """Return the workers that a VM avoids, with the end of the pause for each."""
-        return {worker: until for worker, (_, until) in self._of_vms.get(uid, {}).items()}
+        failed = self._of_vms.get(uid)
+        return {worker: until for worker, (_, until) in failed.items()} if failed else {}
 
     def is_sick(self, worker: str) -> bool:
         """Return whether SICK_VMS VMs in a row have failed on a worker before they ran."""

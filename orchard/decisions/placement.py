@@ -157,7 +157,7 @@ class _Placed:
     """The assignments of a plan: the number of VMs of each kind, the oldest ones, and the loads with them."""
 
     def __init__(self, loads: defaultdict[str, Load]) -> None:
-        self.counts: Counter[VMKind] = Counter()
+        self.numbers: dict[VMKind, int] = {}
         self.changed: dict[str, Load] = {}
         # Workers that were ranked for a demand without candidates.
         self.examined = 0
@@ -452,11 +452,12 @@ class Placement:
         tables = [[self._candidates_for(wish) for wish in _wishes(kind)] for kind in kinds]
         # The candidates that have to be kept up to date in this plan.
         used = {wish: self._candidates[wish] for wish in wishes}
-        # The next VM of each kind: (minus its priority, its age, its position in its queue, the position of its kind).
-        heads = [(-kind.priority, queues[at][0], 0, at) for at, kind in enumerate(kinds)]
+        # How many VMs of each kind are placed, and the next one: (minus its priority, its age, the position of its kind).
+        numbers = [0] * len(kinds)
+        heads = [(-kind.priority, queues[at][0], at) for at, kind in enumerate(kinds)]
         heapq.heapify(heads)
         while heads and plan.capacity:
-            priority, (_, name), position, at = heads[0]
+            priority, (_, name), at = heads[0]
             vm = self._vms[name]
             worker = self._best(tables[at], vm.spec.image)
             if worker is None:
@@ -468,12 +469,12 @@ class Placement:
             load = placed.add(worker, vm)
             for wish, candidates in used.items():
                 candidates.put(worker, self._rank(wish, worker, load))
-            position += 1
-            placed.counts[kinds[at]] = position
-            if position < len(queues[at]):
-                heapq.heapreplace(heads, (priority, queues[at][position], position, at))
+            numbers[at] += 1
+            if numbers[at] < len(queues[at]):
+                heapq.heapreplace(heads, (priority, queues[at][numbers[at]], at))
             else:
                 heapq.heappop(heads)
+        placed.numbers = dict(zip(kinds, numbers, strict=True))
         # The ranks are those after the plan, which may not be applied.
         for name in placed.changed:
             self.touch(name)
@@ -487,10 +488,10 @@ class Placement:
             if not plan.capacity:
                 # The next plan may assign the rest.
                 return
-            first = placed.counts[kind]
+            first = placed.numbers.get(kind, 0)
             if first == len(queue.vms):
                 continue
-            ahead = self._queues.ahead_of(kind.priority, placed.counts)
+            ahead = self._queues.ahead_of(kind.priority, placed.numbers)
             version = self._changes.version, ahead
             if queue.version != version and now >= queue.renewable_at():
                 if examined >= _EXAMINED_PER_PLAN:

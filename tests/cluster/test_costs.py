@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
 from cluster import AUTHORIZATION, NOW, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, body_of, press, request, running
-from plan import BusyCluster, planned, sorted_each_time
+from plan import BusyCluster, connected, planned, sorted_each_time
 
 from orchard.net.websocket import TunnelStream
 from orchard.state.changes import Change
@@ -111,8 +111,10 @@ def test_planning_costs_less_than_sorting_all_workers_for_each_vm() -> None:
     vms = [vm_of(number) for number in range(1000)]
     workers = {worker.name: worker for worker in map(worker_of, range(500))}
     # Sorting is slow, so it gets a tenth of the VMs.
-    few = vms[:100]
-    ours, theirs = least(own_cpu(lambda: planned(vms, workers)), own_cpu(lambda: sorted_each_time(few, workers)))
+    few, liveness = vms[:100], connected(workers)
+    ours, theirs = least(
+        own_cpu(lambda: planned(vms, workers, liveness)), own_cpu(lambda: sorted_each_time(few, workers))
+    )
     assert 5 * ours < 10 * theirs
 
 
