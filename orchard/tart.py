@@ -391,12 +391,18 @@ class TartDriver:
         return port
 
     async def stop(self, name: str) -> None:
-        operand("VM name", name)
         # A VM without a supervisor is at rest, or another program has started it.
-        if not self._supervised.is_running(name):
-            await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
-            return
-        await self._supervised.stop(name)
+        if not await self._supervised.order_stop(operand("VM name", name)):
+            try:
+                await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
+            except (NotRunning, NoSuchVM) as error:
+                # Such as one of another TART_HOME.
+                if self._supervised.is_running(name):
+                    raise DriverError(
+                        f"VM {name} runs, but its supervisor's record names no process: {error}"
+                    ) from error
+                raise
+        await self._supervised.wait_order(name, self._stop_seconds + KILL_SECONDS)
 
     async def suspend(self, name: str) -> None:
         self._refuse_on_vetu("suspending")

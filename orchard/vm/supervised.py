@@ -193,9 +193,10 @@ class SupervisedVMs:
         """Wait until a VM's supervisor has ended. Return its last record, and the error if that has no exit status.
 
         A supervisor that does not answer, or does not end its VM at the end of the lease, is killed with the VM.
-        Without an exit status it was killed, and the VM may run.
+        Without an exit status it was killed, or its record is damaged, and the VM may run.
         """
-        silence = _Silence(self._file(name, "run"))
+        path = self._file(name, "run")
+        silence = _Silence(path)
         is_killed = False
         error: DriverError = SupervisorLost("the supervisor of the VM was killed")
         while (record := self._final_record(name)) is None:
@@ -204,13 +205,15 @@ class SupervisedVMs:
             # The supervisor ends the VM at the end of its lease, unless it was stopped.
             if (is_over := self._is_overdue(name)) or silence.is_too_long():
                 lost = SupervisorLost("the supervisor of the VM did not answer, and was killed with the VM")
-                error = DriverError(LEASE_OVER) if is_over else lost
-                is_killed = True
                 with suppress(DriverError):
-                    self._signal(name, signal.SIGKILL)
+                    if self._signal(name, signal.SIGKILL):
+                        error = DriverError(LEASE_OVER) if is_over else lost
+                        is_killed = True
         if is_killed and record.status == -signal.SIGKILL:
             # The supervisor has still seen the VM end.
             record.status = None
+        if not record.supervisor:
+            error = SupervisorLost(f"the supervisor of the VM has ended, and its record {path} is damaged")
         return record, error
 
     def _final_record(self, name: str) -> Record | None:
@@ -228,13 +231,15 @@ class SupervisedVMs:
         hard = self._read_lease(name)[1]
         return hard != -math.inf and supervisor.clock() >= hard
 
-    async def stop(self, name: str) -> None:
-        """Tell a VM's supervisor to end the VM, and wait until it has ended."""
+    async def order_stop(self, name: str) -> bool:
+        """Tell a VM's supervisor to end the VM. Return False if no supervisor lives, or its record is damaged."""
         with trio.move_on_after(KILL_SECONDS):
-            # A supervisor that has just started has not written its number yet.
-            while not self._signal(name, signal.SIGTERM):  # noqa: ASYNC110
+            while self.is_running(name):
+                if self._signal(name, signal.SIGTERM):
+                    return True
+                # A supervisor that has just started has not written its number yet.
                 await trio.sleep(LOOK_SECONDS)
-        await self.wait_order(name, self._stop_seconds + KILL_SECONDS)
+        return False
 
     async def wait_order(self, name: str, seconds: float) -> None:
         """Wait until a VM that was told to end has ended. Kills it and raises if that takes longer than `seconds`."""
@@ -242,8 +247,9 @@ class SupervisedVMs:
         with reporting(f"cannot read {path}"):
             has_ended = await wait_unlocked(path, seconds)
         if not has_ended:
-            self._signal(name, signal.SIGKILL)
-            raise DriverError(f"VM {name} did not end within {seconds:g} seconds and was killed")
+            is_killed = self._signal(name, signal.SIGKILL)
+            outcome = "was killed" if is_killed else f"cannot be killed: {path} does not name its supervisor"
+            raise DriverError(f"VM {name} did not end within {seconds:g} seconds and {outcome}")
         self._ended.set()
 
     def kill_unsupervised(self, name: str) -> None:
@@ -254,12 +260,10 @@ class SupervisedVMs:
     def _signal(self, name: str, number: signal.Signals) -> bool:
         """Send a signal to a VM's supervisor, and SIGKILL also to the VM.
 
-        Return True if that was done or the supervisor has ended, False if its number is not known yet.
+        Return False if the supervisor has ended, or its record does not name it.
         """
         record = self.record(name)
-        if not self.is_running(name):
-            return True
-        if not record.supervisor:
+        if not record.supervisor or not self.is_running(name):
             return False
         if number == signal.SIGKILL:
             _kill(record)

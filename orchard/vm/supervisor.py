@@ -152,8 +152,9 @@ def _supervise(record: int, log: int, lease: _Lease, patience: float, command: S
     except OSError as error:
         os.write(answer, f"cannot run {command[0]}: {error.strerror}".encode())
         os._exit(1)
+    numbers = b"%d %d\n" % (os.getpid(), child)
     try:
-        os.write(record, b"%d %d\n" % (os.getpid(), child))
+        os.pwrite(record, numbers, 0)
     except OSError as error:
         # Without a record no other process could end the VM.
         os.killpg(child, signal.SIGKILL)
@@ -162,7 +163,9 @@ def _supervise(record: int, log: int, lease: _Lease, patience: float, command: S
     os.write(answer, _UP)
     os.close(answer)
     status, order = _watch(child, lease, patience, wake, record)
-    os.write(record, f"{status} {order}\n".encode())
+    # As a whole: another program may have damaged it.
+    os.pwrite(record, (numbers + f"{status} {order}\n".encode()).ljust(RECORD_BYTES, b"\n"), 0)
+    os.ftruncate(record, RECORD_BYTES)
     os._exit(0)
 
 

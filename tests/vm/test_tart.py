@@ -39,6 +39,7 @@ from orchard.vm.driver import (
     NoSuchVM,
     NotRunning,
     Script,
+    SupervisorLost,
     operand,
 )
 from orchard.vm.instance_state import hardware_of
@@ -466,6 +467,45 @@ async def test_starting_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) ->
         await run_until_the_supervisor_is_killed()
     # Killed processes take a moment to end.
     await eventually(lambda: processes_in(tmp_path) == [])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\x00", b"[" * 100_000], ids=["empty", "binary", "long"])
+async def test_vm_with_a_damaged_record_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    monkeypatch.setattr(supervised, "KILL_SECONDS", 0.0)
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with running(driver, "vm"):
+        (tmp_path / "driver" / "vm.run").write_bytes(damage)
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+
+
+async def test_vm_with_a_record_that_others_could_have_written_is_stopped_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "KILL_SECONDS", 0.0)
+    driver, record = tart(tmp_path), tmp_path / "driver" / "vm.run"
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    with pytest.raises(SupervisorLost, match=re.escape(str(record))), unwrap_groups():
+        async with running(driver, "vm"):
+            record.chmod(0o666)
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+
+
+async def test_vm_with_a_damaged_record_that_tart_does_not_know_is_not_taken_for_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "KILL_SECONDS", 0.0)
+    driver, record = tart(tmp_path), tmp_path / "driver" / "vm.run"
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with running(driver, "vm"):
+        whole = record.read_bytes()
+        record.write_bytes(b"")
+        with pytest.raises(DriverError, match="record names no process") as failed:
+            await tart(tmp_path, TART_HOME=str(tmp_path / "other")).stop("vm")
+        assert not isinstance(failed.value, NoSuchVM | NotRunning)
+        record.write_bytes(whole)
 
 
 async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
