@@ -67,7 +67,7 @@ _CLASSES: dict[Kind, type[Worker | ServiceAccount | ClusterSettings | ClusterIde
 }
 _KINDS: dict[type, Kind] = {VM: "vm", **{cls: kind for kind, cls in _CLASSES.items()}}
 
-_logger = logging.getLogger("orchard.store")
+_logger = logging.getLogger("orchard.storage")
 
 
 class State:

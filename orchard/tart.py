@@ -92,7 +92,7 @@ _INSTALL: Mapping[Runtime, str] = {
 
 ListedT = TypeVar("ListedT", LocalVM, CachedImage)
 
-_logger = logging.getLogger("orchard.tart")
+_logger = logging.getLogger("orchard.vm")
 
 
 def find_tart(path: str | None, runtime: Runtime) -> str:

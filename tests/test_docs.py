@@ -398,6 +398,11 @@ def test_each_verb_is_in_a_page() -> None:
     assert [verb for verb in VERBS if VERBS[verb].help and not re.search(rf"(`|orchard ){verb}\b", pages)] == []
 
 
+def test_loggers_are_those_that_the_page_about_logs_names() -> None:
+    used = set(re.findall(r'getLogger\("(orchard\..+?)"\)', program_source()))
+    assert set(re.findall(r"`(orchard\.\w+)`", (DOCS / "operating-logs.md").read_text())) == used
+
+
 def test_each_operation_beside_the_users_api_is_in_a_page() -> None:
     pages = "".join(page.read_text() for page in PAGES)
     paths = {each.path for each in OPERATIONS if f"{each.method} {each.path}" not in USERS_OPERATIONS}

@@ -27,6 +27,8 @@ from pathlib import Path
 ROTATE_BYTES = 100_000_000
 _MODE = 0o600
 
+_logger = logging.getLogger("orchard.daemon")
+
 
 class _RotatedFile:
     """A log file. `lost` counts the lines that could not be written. Not thread-safe. Raises OSError."""
@@ -102,7 +104,7 @@ class LogFileHandler(logging.StreamHandler["_RotatedFile"]):
         super().emit(record)
         if lost and self._file.lost == lost:
             note = {
-                "name": "orchard.logs",
+                "name": _logger.name,
                 "levelname": "WARNING",
                 "msg": "log lines lost, the file could not be written",
             }
@@ -123,6 +125,3 @@ class LogFileHandler(logging.StreamHandler["_RotatedFile"]):
     def close(self) -> None:
         self._file.close()
         super().close()
-
-
-_logger = logging.getLogger("orchard.logs")

@@ -39,8 +39,8 @@ _PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")
 
 LogFormat = Literal["logfmt", "json"]
 
-_logger = logging.getLogger("orchard.logs")
-_accept_logger = logging.getLogger("orchard.logs.accept")
+_logger = logging.getLogger("orchard.daemon")
+_accept_logger = logging.getLogger("orchard.accept")
 
 
 def _quoted(value: object) -> str:

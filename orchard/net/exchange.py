@@ -78,8 +78,7 @@ _SUCCESSES = range(200, 400)
 _RECEIVE_BYTES = 64 * 1024
 _UPGRADED = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 
-# The request log is the server's.
-_logger = logging.getLogger("orchard.net.server")
+_logger = logging.getLogger("orchard.net")
 
 ResultT = TypeVar("ResultT")
 

@@ -22,7 +22,7 @@ from orchard.net.connection import Connection, Disconnected, Limits, ServerState
 from orchard.net.exchange import Exchange
 from orchard.net.request import AdmittedT, HTTPError
 
-_logger = logging.getLogger("orchard.net.server")
+_logger = logging.getLogger("orchard.net")
 
 
 async def serve(

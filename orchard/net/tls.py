@@ -61,7 +61,7 @@ _NO_OPENSSL = (
     " or pass a certificate with --controller-cert and --controller-key, or serve without TLS with --insecure-no-tls"
 )
 
-_logger = logging.getLogger("orchard.tls")
+_logger = logging.getLogger("orchard.net")
 
 
 class TLSError(Exception):

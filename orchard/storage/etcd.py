@@ -61,7 +61,7 @@ _CERTIFICATE_REMEDIES: Mapping[tls.CertificateProblem, str] = {
 TxnOperation = dict[str, Any]
 Comparison = dict[str, Any]
 
-_logger = logging.getLogger("orchard.storage.etcd")
+_logger = logging.getLogger("orchard.storage")
 
 
 class EtcdRequestError(Exception):

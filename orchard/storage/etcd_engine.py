@@ -68,7 +68,7 @@ _LOOK_SHARE, _COMPACT_SHARE = 1 / 32, 1 / 8
 # The alarm in the status of an etcd whose quota is used up.
 _ALARM = "NOSPACE"
 
-_logger = logging.getLogger("orchard.storage.engine")
+_logger = logging.getLogger("orchard.storage")
 
 
 class DamagedKeyError(DamagedError):

@@ -48,7 +48,7 @@ _KEY_BYTES = 256
 # Outdated records, beside as many as are live, before a new generation.
 _SLACK = 2_500
 
-_logger = logging.getLogger("orchard.storage.etcd")
+_logger = logging.getLogger("orchard.storage")
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------

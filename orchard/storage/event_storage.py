@@ -23,7 +23,7 @@ from orchard.storage.records import RunInThread
 MAX_EVENT_BYTES = 64 * 1024 * 1024
 NOT_STORED = "the events were not stored"
 
-_logger = logging.getLogger("orchard.storage.events")
+_logger = logging.getLogger("orchard.storage")
 
 
 class EventLimitError(StorageError):

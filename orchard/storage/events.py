@@ -45,7 +45,7 @@ from orchard.storage.records import RunInThread, StoredRecords
 _LEFT_SECONDS = 60.0
 _ALL_KINDS = EventKinds()
 
-_logger = logging.getLogger("orchard.storage.events")
+_logger = logging.getLogger("orchard.storage")
 
 
 @dataclass(slots=True)

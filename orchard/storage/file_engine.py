@@ -20,7 +20,7 @@ from orchard.storage.state_file import FileContents, StateFile
 # Interval of attempts at upkeep while the disk is full. For so long, freed disk space may go unnoticed.
 UPKEEP_SECONDS = 1.0
 
-_logger = logging.getLogger("orchard.storage.engine")
+_logger = logging.getLogger("orchard.storage")
 
 
 class FileEngine:

@@ -43,7 +43,7 @@ RecordT = TypeVar("RecordT")
 # Runs blocking work, as trio.to_thread.run_sync does.
 RunInThread = Callable[..., Awaitable[Any]]
 
-_logger = logging.getLogger("orchard.storage.records")
+_logger = logging.getLogger("orchard.storage")
 
 
 class StoredRecords(Protocol):

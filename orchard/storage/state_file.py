@@ -52,7 +52,7 @@ _ONE_PUT = re.compile(
 )
 _NEXT_RECORD = re.compile(rb'\}\s*,\s*\{\s*"(?:put|delete|name|object)"')
 
-_logger = logging.getLogger("orchard.storage.engine")
+_logger = logging.getLogger("orchard.storage")
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from orchard.vm.driver import Driver, DriverError, NoSuchVM, NoteTrouble, NotRun
 # The first and the longest pause between attempts to stop or delete a VM.
 RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0  # seconds
 
-_logger = logging.getLogger("orchard.vm.ending")
+_logger = logging.getLogger("orchard.vm")
 
 
 async def shut_down(driver: Driver, name: str, script: Script) -> None:

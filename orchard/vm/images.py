@@ -29,7 +29,7 @@ LIST_SECONDS = 600.0  # seconds
 # The first and the longest pause between two pulls of one image.
 _PULL_AGAIN_SECONDS, _LAST_PULL_SECONDS = 300.0, 6 * 3600.0  # seconds
 
-_logger = logging.getLogger("orchard.vm.images")
+_logger = logging.getLogger("orchard.vm")
 
 
 class ImageCache:

@@ -74,7 +74,7 @@ UNNOTED = "lost: the VM runs, but the worker's note about it is missing or unrea
 
 SendEvents = Callable[[VM, Sequence[Event]], Awaitable[None]]
 
-_logger = logging.getLogger("orchard.vm.instance")
+_logger = logging.getLogger("orchard.vm")
 
 
 # ---- the task ------------------------------------------------------------------------------------------------------

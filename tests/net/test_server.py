@@ -86,7 +86,7 @@ class Records(logging.Handler):
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep the server's records during the block."""
-        logger = logging.getLogger("orchard.net.server")
+        logger = logging.getLogger("orchard.net")
         level = logger.level
         logger.addHandler(self)
         logger.setLevel(logging.DEBUG)
