@@ -286,10 +286,12 @@ def check_port(name: str, error: str, *, is_own: bool) -> Finding:
     return Finding("port", "failure", f"cannot listen on {name}: {error}", remedy)
 
 
-def check_state_directory(path: str, problems: Sequence[str]) -> Finding:
-    """`problems` are those of state/fsck.py, each with its remedy."""
+def check_state_directory(path: str, problems: Sequence[str], absence: str = "") -> Finding:
+    """`problems` are those of state/fsck.py, each with its remedy. `absence` says that the state is elsewhere or lost."""
     if problems:
         return Finding("data directory", "failure", "; ".join(problems), f"see also: orchard check {path}")
+    if absence:
+        return Finding("data directory", "warning", absence, "see also: orchard check --etcd URL")
     return Finding("data directory", "ok", path)
 
 

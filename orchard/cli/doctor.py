@@ -22,7 +22,7 @@ from typing import Any
 
 from orchard.auth import BootstrapToken
 from orchard.base.command_line import CommandLine, controller_directory, orchard_home, parse_address
-from orchard.base.files import STATE_FILE, WORKERS_LOCK_FILE
+from orchard.base.files import ACCESS_KEY_FILE, STATE_FILE, WORKERS_LOCK_FILE
 from orchard.cli import diagnosis
 from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, read_contexts
@@ -114,9 +114,11 @@ def _print(findings: Sequence[tuple[str, Finding]]) -> None:
 
 def _roles_here(options: argparse.Namespace) -> list[str]:
     """Return the roles that have data on this host. Raises CommandError if there is none."""
+    directory = controller_directory(options.data_dir)
     found = {
         "worker": (orchard_home("worker") / WORKERS_LOCK_FILE).exists(),
-        "controller": (controller_directory(options.data_dir) / STATE_FILE).exists(),
+        # A controller with its state in etcd has the key alone.
+        "controller": any((directory / name).exists() for name in (STATE_FILE, ACCESS_KEY_FILE)),
         "client": bool(read_contexts(context_path()).by_name or os.environ.get("ORCHARD_URL") or options.url),
     }
     roles = [role for role in _ROLES if found[role]]

@@ -24,6 +24,7 @@ import trio
 from orchard.base.files import CONTROLLER_LOCK_FILE, TLS_CERTIFICATE_FILE, TLS_KEY_FILE
 from orchard.cli import diagnosis
 from orchard.cli.diagnosis import Finding
+from orchard.control.stored_data import StartError, check_kept_in_files
 from orchard.net import tcp, tls
 from orchard.net.urls import bracketed
 from orchard.schema import Runtime
@@ -160,7 +161,9 @@ def descriptor_limit() -> float:
 
 
 def examine_controller(options: argparse.Namespace, directory: Path) -> Iterator[Finding]:
-    yield diagnosis.check_state_directory(str(directory), problems_of_data(directory))
+    problems = problems_of_data(directory)
+    absence = "" if problems else absence_of_state(directory)
+    yield diagnosis.check_state_directory(str(directory), problems, absence)
     yield _examine_certificate(directory, [*options.tls_name, socket.gethostname()])
     is_running = _is_running(directory)
     for host, port in filter(None, (options.listen, options.listen_ssh)):
@@ -181,6 +184,15 @@ def problems_of_data(directory: Path) -> list[str]:
         return [*([foreign] if foreign else []), *find_exposures(directory)]
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"]
+
+
+def absence_of_state(directory: Path) -> str:
+    """Return why a controller without --etcd does not begin with an empty state in a directory, or ""."""
+    try:
+        check_kept_in_files(directory)
+    except StartError as error:
+        return str(error)
+    return ""
 
 
 def _examine_certificate(directory: Path, wanted: Sequence[str]) -> Finding:

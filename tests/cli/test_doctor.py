@@ -143,6 +143,7 @@ JUDGED: dict[str, list[tuple[str, Callable[[], Finding], str]]] = {
     ],
     "data directory": [
         ("ok", partial(diagnosis.check_state_directory, "/data", []), "/data"),
+        ("warning", partial(diagnosis.check_state_directory, "/data", [], "no state"), "no state"),
         (
             "failure",
             partial(diagnosis.check_state_directory, "/data", ["a key is readable", "db"]),
@@ -438,6 +439,8 @@ def test_faults_of_a_controllers_host_are_failures(tmp_path: Path, monkeypatch: 
     data.chmod(0o777)
     assert examined(*words, home=tmp_path)[1]["data directory"]["status"] == "failure"
     data.chmod(0o700)
+    (data / "access-token.key").touch(0o600)
+    assert examined(*words, home=tmp_path)[1]["data directory"]["status"] == "warning"
     (data / "db").mkdir()
     assert examined(*words, home=tmp_path)[1]["data directory"]["status"] == "failure"
 
@@ -544,3 +547,6 @@ def test_roles_that_have_data_on_this_host_are_examined(tmp_path: Path) -> None:
         assert [line for line in out.splitlines() if line.endswith(":")] == ["worker:", "controller:", "client:"]
         out = call_main(main, "doctor", "--url", url, "-o", "json", home=tmp_path)[1]
     assert {finding["role"] for finding in json.loads(out)} == {"worker", "controller", "client"}
+    # As the data directory of a controller with its state in etcd.
+    (tmp_path / ORCHARD / "controller" / "state.jsonl").unlink()
+    assert "controller:" in call_main(main, "doctor", home=tmp_path)[1].splitlines()
