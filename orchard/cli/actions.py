@@ -179,6 +179,17 @@ def _show_history(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_accept_state(parser: CommandLine) -> None:
+    parser.set_defaults(run=_accept_state)
+
+
+def _accept_state(options: argparse.Namespace) -> int:
+    with open_connection(options) as controller:
+        require_capability(controller, "worker-state", "accept-state")
+        controller.call("POST", "/controller/accept-state")
+    return 0
+
+
 def _declare_sessions(parser: CommandLine) -> None:
     add_output_option(parser, "table", "json")
     parser.set_defaults(run=_show_sessions)
@@ -206,4 +217,5 @@ _DECLARATIONS: Mapping[str, Callable[[CommandLine], None]] = {
     "capacity": _declare_capacity,
     "history": _declare_history,
     "sessions": _declare_sessions,
+    "accept-state": _declare_accept_state,
 }

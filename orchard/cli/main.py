@@ -69,6 +69,7 @@ VERBS: Mapping[str, Verb] = {
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
     "sessions": Verb("actions", "list who is connected: watches, tunnels, commands and workers"),
+    "accept-state": Verb("actions", "accept the state of a restored controller; this ends VMs that are not in it"),
     "completion": Verb("completion", "print the script with which a shell completes words of this command"),
     "__complete": Verb("completion", ""),
     "version": Verb("version", "print the versions of this command and of the controller"),

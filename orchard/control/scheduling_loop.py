@@ -349,5 +349,5 @@ class RestoredState:
             return ""
         return (
             "the controller's state was restored from an older copy, and workers have seen a newer one;"
-            " accept it with POST /v1/controller/accept-state"
+            " accept it with: orchard accept-state"
         )

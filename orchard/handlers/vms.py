@@ -105,7 +105,7 @@ def _answer_poll(api: API, request: Request, admitted: Admitted, worker: str) ->
         raise HTTPError(
             503,
             "the controller's state was restored from an older copy, and this worker cannot know;"
-            " see POST /v1/controller/accept-state",
+            " see: orchard accept-state",
         )
     api.parts.liveness.record_poll(worker, liveness_source(request, admitted))
     table, vms = api.state.json["vm"], api.state.vms_by_worker.get(worker, {})

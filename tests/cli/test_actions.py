@@ -56,6 +56,12 @@ def test_a_worker_is_drained_and_taken_back(dev: Path, api: ControllerConnection
     assert run(dev, "get", "worker", "worker-1/state") == ["online"]
 
 
+def test_a_restored_state_is_accepted(dev: Path, api: ControllerConnection) -> None:
+    before = api.call("GET", "/controller/info")["clusterId"]
+    assert run(dev, "accept-state") == []
+    assert api.call("GET", "/controller/info")["clusterId"] != before
+
+
 def test_capacity_and_history_are_shown(dev: Path, api: ControllerConnection) -> None:
     pairs = dict(re.split(r"  +", line, maxsplit=1) for line in run(dev, "capacity") if "  " in line)
     assert int(pairs["fits"]) > 0

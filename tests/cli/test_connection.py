@@ -140,7 +140,7 @@ VERBS = """status; describe vm x; describe worker x; list vms; list vms -q; list
 get vm x/cpu; get worker x; get service-account x; get cluster-settings; get bootstrap-token x; get vm-access-token x
 delete vm --filter metadata.a=b; apply -f FILE; set cluster-settings --prepull a/b; pause worker x; resume worker x
 logs vm x; logs vm x --tail 3; logs vm x -f; events vm x; wait vm x --timeout 1; ip vm x; drain worker x --wait --timeout 1
-capacity; history; sessions; watch; create vm x --wait --timeout 1; create service-account x; create token vm x
+capacity; history; sessions; accept-state; watch; create vm x --wait --timeout 1; create service-account x; create token vm x
 exec vm x -- ls; cp x:/tmp/a FILE.got; cp FILE x:/tmp/a
 ssh vm x ls; ssh-config; update vm x --priority 1; rotate token x; restart vm x; stop vm x; suspend vm x; start vm x; top
 login FILE; delete vm x; delete worker x; delete service-account x; doctor"""

@@ -57,6 +57,7 @@ ASKING = {
     "capacity": "",
     "history": "",
     "sessions": "",
+    "accept-state": "",
     "version": "",
     "ui": "",
     "doctor": "client --url {url}",
@@ -340,6 +341,7 @@ SILENT = {
     "start",
     "wait",
     "drain",
+    "accept-state",
 }
 ENDLESS = {"top", "watch", "port-forward", "vnc", "__tunnel", "dev"}
 

@@ -153,6 +153,7 @@ PLAIN = {
         "wait",
         "ip",
         "drain",
+        "accept-state",
         "completion",
         "__complete",
     ),

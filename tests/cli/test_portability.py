@@ -172,6 +172,7 @@ status
 capacity
 history
 sessions
+accept-state
 completion zsh
 __complete bash orchard
 version
