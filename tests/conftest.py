@@ -72,34 +72,34 @@ def handle_signals() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests last: what fails is seen early. The longest of them are first, so that all processes end together.
+    """Run slow tests last: what fails is seen early. In every second process, those that wait begin before the fast ones.
 
-    Each process of pytest-xdist begins with an equal part of the list as it stands (`--dist worksteal`), so each part has
-    its own slow tests at its end.
+    Else all processes would wait at the same time, and the processors would have nothing to do. The tests that wait for
+    longest come first.
     """
-    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     fast: list[pytest.Item] = []
     slow: list[pytest.Item] = []
-    long: list[tuple[float, pytest.Item]] = []
+    waiting: list[tuple[float, pytest.Item]] = []
     for item in items:
         marker = item.get_closest_marker("slow")
         if marker is None:
             fast.append(item)
         elif marker.args:
-            long.append((*marker.args, item))
+            waiting.append((*marker.args, item))
         else:
             slow.append(item)
-    longest = [item for _, item in sorted(long, key=lambda one: -one[0])]
-    items[:] = [
-        item
-        for part in range(parts)
-        for group in (_slice(fast, part, parts), longest[part::parts], _slice(slow, part, parts))
-        for item in group
-    ]
-
-
-def _slice(items: list[pytest.Item], part: int, parts: int) -> list[pytest.Item]:
-    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
+    longest = [item for _, item in sorted(waiting, key=lambda one: -one[0])]
+    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    left, items[:] = len(items), []
+    # Each process of pytest-xdist begins with a part of the list (`--dist worksteal`): as many tests, one more in the last
+    # parts where they do not come out even.
+    for part in range(parts):
+        size = left // (parts - part)
+        left -= size
+        waits, slows = longest[part::parts], slow[len(slow) * part // parts : len(slow) * (part + 1) // parts]
+        count = max(0, size - len(waits) - len(slows))
+        quick, fast = fast[:count], fast[count:]
+        items += [*waits, *quick, *slows] if part % 2 else [*quick, *waits, *slows]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -113,7 +113,7 @@ def container(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.needs("buildah")
-@pytest.mark.slow(16)
+@pytest.mark.slow
 def test_image_runs_a_controller_without_rights_that_is_healthy_and_ends_at_sigterm(
     container: tuple[str, list[str]], tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ async def lose_once(fault: Fault, first: int, directory: Path) -> bool:
     return is_lost
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_leadership_lost_at_any_request_ends_in_a_new_start(fault: Fault, tmp_path: Path) -> None:
     # The first request of a process may fail: then it does not start.

@@ -70,7 +70,7 @@ def test_controller_that_acknowledges_before_writing_is_detected() -> None:
     shutil.rmtree(done.stderr.split()[-1])
 
 
-@pytest.mark.slow(7)
+@pytest.mark.slow
 @pytest.mark.needs("strace")
 def test_acknowledged_changes_survive_a_kill_at_each_rename() -> None:
     done = crash("--sweep", "rename")

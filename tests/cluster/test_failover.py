@@ -190,7 +190,7 @@ ATTACKS: list[Attack] = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow(19)
+@pytest.mark.slow(7)
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(attack: Attack, tmp_path: Path) -> None:
     """Clients create VMs during the attack. Each acknowledged one is there with its uid, and no other VM of its name."""
@@ -228,7 +228,7 @@ async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(attack:
         assert {name: uid for name, uid in acknowledged.items() if found.get(name) != uid} == {}
 
 
-@pytest.mark.slow(7)
+@pytest.mark.slow(5)
 async def test_five_fail_overs_leave_eight_running_vms_alone(tmp_path: Path) -> None:
     def lives(vms: Sequence[VM]) -> list[tuple[str, str, int, str]]:
         return sorted((vm.uid, vm.state.status, vm.state.restart_count, vm.state.worker) for vm in vms)

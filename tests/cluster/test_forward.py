@@ -115,7 +115,7 @@ async def test_large_message_is_forwarded_before_it_is_complete() -> None:
     assert got.hexdigest() == hashlib.sha256(b"0123456789abcdef" * (size // 16)).hexdigest()
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 async def test_two_hundred_concurrent_tunnels_over_one_worker() -> None:
     async def one(c: Cluster, port: int, number: int) -> None:
         async with c.client.vms.port_forward("vm", port, wait=60) as stream:

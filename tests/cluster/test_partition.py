@@ -212,7 +212,7 @@ def connected(request: pytest.FixtureRequest) -> Callable[[Path], AbstractAsyncC
     return connect
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(8)
 async def test_vm_never_runs_on_both_sides_of_a_partition(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
@@ -235,7 +235,7 @@ async def test_vm_never_runs_on_both_sides_of_a_partition(
             assert ends_well(other_worker)
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(8)
 async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_cut_off(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
@@ -263,6 +263,7 @@ async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_c
             assert ends_well(worker)
 
 
+@pytest.mark.slow(5)
 async def test_vm_with_a_stopped_supervisor_ends_on_a_host_that_is_cut_off(tmp_path: Path) -> None:
     async with behind_a_proxy(tmp_path) as (c, other, cable):
         with c.host.worker():

@@ -16,7 +16,7 @@ from harness.processes import GENEROUS
 SOAK = Path(__file__).parent.parent.parent / "bench" / "soak.py"
 
 
-@pytest.mark.slow(17)
+@pytest.mark.slow(8)
 @pytest.mark.needs("ps")
 def test_random_use_leaves_nothing_behind() -> None:
     soak = subprocess.run(

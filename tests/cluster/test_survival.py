@@ -223,7 +223,7 @@ CHANGES: list[tuple[str, dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.slow(11)
+@pytest.mark.slow
 async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(tmp_path: Path) -> None:
     async with workers_to_kill(tmp_path) as (c, workers):
         for number, (place, patch, outcome) in enumerate(CHANGES):
@@ -242,7 +242,7 @@ async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(
             await c.client.vms.delete(name)
 
 
-@pytest.mark.slow(11)
+@pytest.mark.slow
 async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(tmp_path: Path) -> None:
     # The host is not heard of while its worker is held, and must not be given up.
     timeout = ("--worker-offline-timeout", str(LONG_OFFLINE_TIMEOUT))
@@ -347,7 +347,7 @@ async def is_online(client: Client, name: str) -> bool:
 # ---- leases ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow(6)
+@pytest.mark.slow(5)
 async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_or_killed(tmp_path: Path) -> None:
     """A VM whose lease is made endless runs twice, which shows that the test notices it."""
     async with process_cluster(tmp_path, SHORT_OFFLINE_TIMEOUT) as c:
@@ -387,7 +387,7 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
                 assert ends_well(frozen_worker)
 
 
-@pytest.mark.slow(11)
+@pytest.mark.slow(10)
 async def test_vm_with_a_stopped_supervisor_ends_before_it_is_started_elsewhere(tmp_path: Path) -> None:
     """The worker ends the VMs in the place of a supervisor that does not answer."""
     async with process_cluster(tmp_path, SHORT_OFFLINE_TIMEOUT) as c:

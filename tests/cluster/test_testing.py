@@ -371,7 +371,7 @@ def run_plugin(pytester: pytest.Pytester) -> pytest.RunResult:
     return pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *unused)
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(6)
 @pytest.mark.needs("etcd")
 async def test_controllers_fail_and_another_one_leads(tmp_path: Path) -> None:
     """A VM runs on through a kill, an orderly stop and a cut from etcd; clients and the worker find the next leader."""

@@ -70,14 +70,14 @@ def assert_found(words: str, run: Callable[[int], object], seeds: Iterable[int])
     pytest.fail(f"not found; other violations were: {others}")
 
 
-@pytest.mark.slow(7)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_faults_break_no_guarantee(part: int) -> None:
     for seed in range(part, SEEDS, PARTS):
         simulate(seed)
 
 
-@pytest.mark.slow(11)
+@pytest.mark.slow
 def test_seeds_that_once_found_a_bug_find_none() -> None:
     for seed in ONCE_FOUND:
         simulate(seed)
@@ -89,13 +89,13 @@ def test_seeds_of_two_controllers_that_once_found_a_bug_find_none() -> None:
         run_fleet(seed, steps=40)
 
 
-@pytest.mark.slow(7)
+@pytest.mark.slow
 def test_isolated_workers_break_no_guarantee() -> None:
     for seed in range(5):
         simulate(seed, bug=NO_BUG_IN_ISOLATION)
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_two_controllers_break_no_guarantee(part: int) -> None:
     """No VM runs twice, no acknowledged write is lost, and no answer is stale."""

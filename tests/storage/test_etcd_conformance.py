@@ -276,7 +276,7 @@ async def test_full_etcd_refuses_additions_and_leases_and_takes_deletions(tmp_pa
         assert all("NOSPACE" in told[0] for told in errors)
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow(7)
 async def test_etcd_without_a_leader_does_not_answer(tmp_path: Path) -> None:
     """A status without the field leader is what one of three nodes says; requests wait there, or get 503."""
     etcd = MemoryEtcd()

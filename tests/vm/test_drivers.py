@@ -559,7 +559,9 @@ async def sweep(bench: Bench, verb: str, growth: float) -> None:
 
 
 @pytest.mark.parametrize("bench", ["synthetic"], indirect=True)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.slow(5) if verb == "script" else ()) for verb in VERBS]
+)
 async def test_verb_cancelled_at_any_step_leaves_what_delete_can_remove(bench: Bench, verb: str) -> None:
     await sweep(bench, verb, 1.0)
 
