@@ -303,7 +303,8 @@ def check_certificate(
     `error` says why certificate and key cannot be used.
     """
     if error:
-        remedy = "restore certificate and key from a backup, or remove both: the next start makes others"
+        damaged = "restore certificate and key from a backup, or remove both: the next start makes others"
+        remedy = f"correct that; if a file is damaged or missing, {damaged}"
         return Finding("certificate", "failure", error, remedy)
     if expiry is None and not has_openssl:
         message = "the first start needs the program openssl, to make a certificate"
