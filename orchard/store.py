@@ -337,7 +337,9 @@ class Store:
         return last
 
     def touch(self) -> None:
-        """Schedule the wall time to be stored, although nothing changes. The store must not have ended."""
+        """Schedule the wall time to be stored, although nothing changes. Raises StorageUnavailableError."""
+        if self.broken:
+            raise StorageUnavailableError(self.broken)
         batch = self._gather(0, 0).batch
         self.state.revision = batch.revision = self.state.revision + 1
 

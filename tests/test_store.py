@@ -441,6 +441,9 @@ async def test_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: MockCl
             assert str(error).endswith("; restart it")
             with pytest.raises(StorageUnavailableError, match="restart it"), store.transaction():
                 raise AssertionError("the block was entered")
+            # A scheduled write would be waited for without end.
+            with pytest.raises(StorageUnavailableError):
+                store.touch()
             with trio.CancelScope(shield=True):
                 assert str(await refused_write(store, StorageUnavailableError)) == str(error)
             assert len(disk.calls) == calls
