@@ -95,7 +95,7 @@ class Deadlines:
         self._sleeps_until = -math.inf
         self._touch_at = clock.monotonic()
         # Workers that are offline -> since when.
-        self._offline: dict[str, float] = dict.fromkeys(store.state.workers, clock.monotonic())
+        self._offline: dict[str, float] = {}
         self._rebuild()
         store.on_commit(self._follow)
         store.on_undo(self._undo)
@@ -128,7 +128,8 @@ class Deadlines:
             self._touch(now)
         due = self._agenda.due(now, ITEMS_PER_TRANSACTION)
         with self._store.transaction() as tx:
-            for item in due:
+            # Deletions come last: no other action puts an expired VM again.
+            for item in sorted(due, key=lambda item: item[0] == "expire"):
                 self._act(item, tx)
         for item in due:
             self._plan(item)
@@ -256,6 +257,9 @@ class Deadlines:
             self._plan(("expire", name))
             self._plan(("time out", name))
         for name in self._store.state.workers:
+            # A worker whose deletion was undone was forgotten.
+            if not self._liveness.is_available(name):
+                self._offline.setdefault(name, self._clock.monotonic())
             self._plan(("drain", name))
             self._plan(("prune", name))
 

@@ -120,6 +120,13 @@ async def test_many_vms_that_expire_together_are_deleted_in_several_transactions
     assert await names(api) == []
 
 
+async def test_vm_that_expires_and_times_out_at_once_is_deleted_at_once(api: Served, autojump_clock: object) -> None:
+    await api.create("vm", ttlSeconds=30, pendingTimeoutSeconds=60)
+    await trio.sleep(100)
+    api.deadlines.step()
+    assert "vm" not in api.state.vms
+
+
 async def test_patch_renews_the_time_to_live_and_put_only_another_one(api: Served, autojump_clock: object) -> None:
     vm = await api.create("vm", ttlSeconds=60)
     await trio.sleep(30)
@@ -570,6 +577,26 @@ async def test_worker_that_returns_or_holds_a_vm_is_not_deleted(api: Served, aut
     await api.ok("DELETE", "/vms/vm")
     await after(api, 100)
     assert set(api.state.workers) == {"x"}
+
+
+async def test_worker_whose_deletion_was_not_written_is_deleted_later(tmp_path: Path, autojump_clock: object) -> None:
+    disk = FailingDisk()
+    async with served(tmp_path, disk=disk, in_thread=at_once) as api:
+        await api.ok("PUT", "/cluster-settings", {"workerPruneSeconds": 200})
+        await api.register("w")
+        await api.ok("POST", "/rpc/goodbye?workerName=w")
+        api.close_watch("w")
+        await after(api, 100)
+        await trio.sleep(200)
+        disk.fault = no_space
+        api.deadlines.step()
+        assert api.state.workers == {}
+        with pytest.raises(StorageError):
+            await api.store.wait_durable()
+        assert "w" in api.state.workers
+        disk.fault = lambda verb, number: 0
+        await after(api, TOUCH_SECONDS + 1)
+        assert api.state.workers == {}
 
 
 async def read_all(stream: trio.abc.ReceiveStream) -> None:
