@@ -36,6 +36,8 @@ _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
 MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
 QUOTA_REMEDY = "compact and defragment each node, then disarm the alarm"
 _NO_SPACE = "database space exceeded"
+# Statuses that do not tell whether a request was carried out: 408, or 499 from newer gateways, when etcd stops meanwhile.
+_UNCERTAIN = (408, 429, 499)
 # etcd's answer to a request for a revision that it no longer has.
 COMPACTED = "revision has been compacted"
 # etcd's answer to a token that is older than the last change of users or roles.
@@ -357,7 +359,7 @@ def _refusal(url: str, error: ResponseError) -> EtcdRefusedError | None:
     """Return the error if the answer proves that the request was not carried out, else None."""
     if _NO_SPACE in error.message:
         return EtcdRefusedError(f"{url} has no space left: its quota is used up; {QUOTA_REMEDY}", no_space=True)
-    if 400 <= error.status < 500 and error.status not in (408, 429):
+    if 400 <= error.status < 500 and error.status not in _UNCERTAIN:
         is_denied = error.status in (401, 403) or any(what in error.message for what in _REMEDIES)
         return EtcdRefusedError(f"{url} refused the request: {_with_remedy(error.message)}", denied=is_denied)
     return None

@@ -22,7 +22,7 @@ from orchard.schema import ServiceAccount
 from orchard.storage import etcd_engine
 from orchard.storage.engine import Batch, BatchLimits, Contents, Engine
 from orchard.storage.errors import BrokenError
-from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdUnavailableError
+from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRefusedError, EtcdRequestError, EtcdUnavailableError
 from orchard.storage.etcd_engine import EtcdEngine
 
 
@@ -235,21 +235,34 @@ async def test_state_is_loaded_whose_pages_would_be_too_large(
             assert len((await engine.load()).objects) == 150
 
 
-@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b'{"header": 1}'])
-@pytest.mark.parametrize("user", ["", "u"])
-async def test_endpoint_that_does_not_answer_as_etcd_is_unavailable(body: bytes, user: str) -> None:
+async def check_raises(kind: type[EtcdRequestError], status: str, body: bytes, user: str = "") -> None:
+    """Check the error of a client of an endpoint that answers each connection with a status and a body."""
+
     async def serve(stream: trio.SocketStream) -> None:
         async with stream:
             await stream.receive_some()
-            await stream.send_all(answer("200 OK", body))
+            await stream.send_all(answer(status, body))
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(trio.serve_tcp, serve, 0)
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with EtcdClient(EtcdAccess(url, user=user, password=user)) as client:
-            with pytest.raises(EtcdUnavailableError):
+            with pytest.raises(kind):
                 await client.transact([], [])
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b'{"header": 1}'])
+@pytest.mark.parametrize("user", ["", "u"])
+async def test_endpoint_that_does_not_answer_as_etcd_is_unavailable(body: bytes, user: str) -> None:
+    await check_raises(EtcdUnavailableError, "200 OK", body, user)
+
+
+@pytest.mark.parametrize(("status", "is_refusal"), [(400, True), (404, True), (408, False), (499, False), (503, False)])
+async def test_request_that_etcd_cancelled_is_not_known_to_be_refused(status: int, is_refusal: bool) -> None:
+    """An etcd that stops answers 408 or 499 also when it has carried a write out."""
+    kind = EtcdRefusedError if is_refusal else EtcdUnavailableError
+    await check_raises(kind, f"{status} Reason", b'{"code": 1, "message": "the client connection is closing"}')
 
 
 async def test_other_tasks_run_while_a_large_state_is_taken_over(
