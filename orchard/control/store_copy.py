@@ -148,8 +148,7 @@ async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Cop
     contents = EtcdContents(head.revision, prefix=prefix)
     await read_objects(client, contents, head, now)
     state = _checked(build_state(contents), f"etcd prefix {prefix}")
-    time = datetime.datetime.fromisoformat(head.time) if head.time else utc_now()
-    copy = Copy(state.tables(), state.revision, time)
+    copy = Copy(state.tables(), state.revision, head.written or utc_now())
     # Never campaigns: it is only an argument of the readers.
     reader = Leadership(client, prefix, _campaign())
     uids = {vm.uid for vm in state.vms.values()}

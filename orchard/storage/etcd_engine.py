@@ -127,6 +127,11 @@ class Head:
     # Version of the program that has written the state.
     version: int = STATE_VERSION
 
+    @property
+    def written(self) -> datetime.datetime | None:
+        """The wall time of the last write, if there was one. Raises ValueError."""
+        return datetime.datetime.fromisoformat(self.time) if self.time else None
+
     def to_json(self) -> bytes:
         return dump_json({"format": _FORMAT, **asdict(self)})
 
@@ -145,9 +150,11 @@ def decode_head(found: KeyValue) -> Head:
         raise DamagedKeyError(f"etcd key {found.key}", what, "start the Orchard that wrote it, or a newer one")
     try:
         numbers = {name: int(read[name]) for name in ("revision", "epoch", "write", "parts")}
-        return Head(**numbers, by=str(read["by"]), time=str(read["time"]), version=version)
+        head = Head(**numbers, by=str(read["by"]), time=str(read["time"]), version=version)
+        _ = head.written
     except (ValueError, KeyError, TypeError) as error:
         raise _foreign(found) from error
+    return head
 
 
 def _foreign(found: KeyValue) -> DamagedKeyError:
@@ -287,7 +294,7 @@ class EtcdEngine:
         self.head = replace(old, epoch=old.epoch + 1, by=self._leadership.by, write=0)
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
-        contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix, ahead=self._ahead)
+        contents = EtcdContents(old.revision, old.written, prefix=self._prefix, ahead=self._ahead)
         self._ahead = {}
         self._found_parts = await read_objects(self._client, contents, self.head, self._head_at)
         return contents
@@ -337,16 +344,13 @@ class EtcdEngine:
             raise self._leadership.lose(f"a part of a transaction was not written: {error}") from error
 
     def _operations(self, records: Sequence[_Record]) -> list[TxnOperation]:
-        return [self._operation(kind, name, json) for (kind, name), json in records]
+        keys = ((f"{self._prefix}/{kind}/{name}", json) for (kind, name), json in records)
+        return [delete(key) if json is None else put(key, json) for key, json in keys]
 
     async def _write(self, head: Head, operations: list[TxnOperation]) -> None:
         """Write `head` with operations, all or nothing. Raises NotWrittenError; LeadershipLostError."""
         self.head = replace(head, write=self.head.write + 1)
         await self._write_head([], operations)
-
-    def _operation(self, kind: str, name: str, json: bytes | None) -> TxnOperation:
-        key = f"{self._prefix}/{kind}/{name}"
-        return delete(key) if json is None else put(key, json)
 
     async def _write_head(self, comparisons: list[dict[str, Any]], operations: list[TxnOperation]) -> None:
         """Write `self.head` with operations, all or nothing, unless another controller has written it since.
@@ -420,7 +424,3 @@ class EtcdEngine:
 
     def close(self) -> None:
         """Do nothing: the client is closed by its owner."""
-
-
-def _read_time(text: str) -> datetime.datetime | None:
-    return datetime.datetime.fromisoformat(text) if text else None
