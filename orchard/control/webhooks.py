@@ -1,9 +1,9 @@
 """Webhooks: signed POST requests that tell other systems what needs attention (docs/webhooks.md).
 
-What is told comes from durable changes (a VM has failed), from a look at each worker whose state or disk has changed, and
-from one at all workers and waiting VMs every SURVEY_SECONDS. Before a look, all that it is based on has become durable.
+A notification comes from a durable change (a VM has failed), from a look at a worker whose state or disk has changed, or
+from the survey of all workers and waiting VMs every SURVEY_SECONDS. A look waits until all that it may see is durable.
 Each URL has a bounded queue and one task, which sends one request at a time and repeats it until the receiver has taken
-it. Nothing is stored: what waits is lost with the process.
+it. Nothing is stored: notifications that wait are lost with the process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from orchard.state.changes import Change
 from orchard.storage.errors import StorageError
 from orchard.store import Store
 
-# The most notifications that wait for one URL. Beyond it the oldest is dropped, so that a receiver that is down costs
-# at most about two megabytes.
+# The most notifications that wait for one URL. Beyond it the oldest is dropped. A receiver that is down costs about a
+# megabyte, and at most 20 if all VMs have as much metadata as they may.
 MAX_WAITING_EVENTS = 1_000
 # Pauses between attempts double from the first to the last. A notification that was not taken for so long is dropped.
 _FIRST_PAUSE, LAST_WEBHOOK_PAUSE, GIVE_UP_SECONDS = 1.0, 60.0, 3600.0
@@ -324,7 +324,7 @@ class Webhooks:
 
         await visit_in_steps(state.vms, _PER_STEP, look_at_vm)
         self._look_at_queue(min(waiting, key=_waited_since, default=None), len(waiting))
-        self._forget_ended()
+        self._forget_ended({vm.uid for vm in waiting})
 
     def _look_at_worker(self, worker: Worker) -> None:
         name, now = worker.name, trio.current_time()
@@ -361,12 +361,10 @@ class Webhooks:
             queue = {"waiting": waiting, "oldestSeconds": int(seconds), "oldest": _described(oldest)}
             self._tell("queue.old", f'VM "{oldest.name}" has waited {seconds / 60:.0f} minutes', queue=queue)
 
-    def _forget_ended(self) -> None:
-        """Forget the conditions of workers and VMs that are gone or no longer wait."""
-        state = self._store.state
-        waiting = {vm.uid for vm in state.vms.values() if vm.state.status == "pending" and not vm.state.worker}
-        self._absent = {name: at for name, at in self._absent.items() if name in state.workers}
-        workers = state.workers.keys()
+    def _forget_ended(self, waiting: set[str]) -> None:
+        """Forget the conditions of workers that are gone, and of VMs that are not `waiting` (their uids)."""
+        workers = self._store.state.workers.keys()
+        self._absent = {name: at for name, at in self._absent.items() if name in workers}
         known = {"vm.unplaceable": waiting, "queue.old": {""}, "worker.offline": workers, "disk.low": workers}
         self._told = {(event, name) for event, name in self._told if name in known[event]}
 
