@@ -53,7 +53,7 @@ def _parse_mib(text: str) -> int:
 
 
 def add_access_options(parser: argparse.ArgumentParser, *, urls: bool = True) -> None:
-    """Add the options that say where etcd is, unless the `urls` are arguments, and who asks."""
+    """Add the options for the access to etcd. Without `urls`, --etcd is left out."""
     add = parser.add_argument
     if urls:
         add("--etcd", metavar="URL[,URL...]",

@@ -140,10 +140,11 @@ class Figures:
 
     def count_request(self, request: Request | None, status: int) -> None:
         """Count a request that has been answered. None: its head could not be read."""
-        # A client can make up any number of unknown paths.
-        known = request is not None and request.route
-        key = (request.method, request.route, status) if request is not None and known else (_OTHER, _OTHER, status)
-        self.requests[key] += 1
+        if request is not None and request.route:
+            self.requests[request.method, request.route, status] += 1
+        else:
+            # A client can make up any number of unknown paths.
+            self.requests[_OTHER, _OTHER, status] += 1
 
 
 def make_figures(

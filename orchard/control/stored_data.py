@@ -293,7 +293,10 @@ def load_access_key(directory: Path) -> bytes:
     except OSError as error:
         raise StartError(f"cannot use the key {path}: {error.strerror}") from error
     if len(key) != ACCESS_KEY_BYTES:
-        raise StartError(f"{path} holds {len(key)} bytes, expected {ACCESS_KEY_BYTES}; without it, tokens are lost")
+        raise StartError(
+            f"{path} has {len(key)} bytes, expected {ACCESS_KEY_BYTES}; restore it from a backup, or remove it: existing"
+            " access tokens become invalid"
+        )
     return key
 
 
