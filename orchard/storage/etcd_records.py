@@ -65,13 +65,13 @@ class _Chunk(NamedTuple):
         return f"{prefix}{self.first:010}-{self.length:06}-{self.size:08}"
 
     @classmethod
-    def of_key(cls, found: KeyValue, count: int) -> _Chunk:
-        """Return the chunk that a key names, whose events follow `count` others. Raises DamagedKeyError."""
+    def of_key(cls, found: KeyValue, count: int | None) -> _Chunk:
+        """Return the chunk that a key names, whose events follow `count` others, or any. Raises DamagedKeyError."""
         try:
             chunk = cls(*map(int, found.key.rpartition("/")[2].split("-")))
         except (TypeError, ValueError):
             raise DamagedKeyError(f"etcd key {found.key}", "it is not the name of events") from None
-        if chunk.first != count:
+        if count is not None and chunk.first != count:
             raise DamagedKeyError(f"etcd key {found.key}", f"event {chunk.first} follows event {count - 1}")
         return chunk
 
@@ -160,14 +160,14 @@ class EtcdEventStorage:
         self._leadership = leadership
         self._limit = 1024 * max_kib
         self._vms: dict[str, _VMEvents] = {}
+        # The keys of all events, until `open`.
+        self._keys: list[KeyValue] = []
         # VMs that were deleted, and whose events are still stored.
         self._left: list[str] = []
 
     async def load(self) -> None:
-        """Read which events there are. Raises EtcdRequestError, DamagedKeyError."""
-        for each in await self._client.scan(self._prefix, keys_only=True):
-            events = self._of(each.key.removeprefix(self._prefix).partition("/")[0])
-            events.add(_Chunk.of_key(each, events.count))
+        """Read the keys of all events. Raises EtcdRequestError."""
+        self._keys = await self._client.scan(self._prefix, keys_only=True)
 
     def _of(self, uid: str) -> _VMEvents:
         if uid not in self._vms:
@@ -175,9 +175,17 @@ class EtcdEventStorage:
         return self._vms[uid]
 
     def open(self, uids: Container[str]) -> None:
-        self._left = [uid for uid in self._vms if uid not in uids]
-        for uid in self._left:
-            del self._vms[uid]
+        left: dict[str, None] = {}
+        for each in self._keys:
+            uid = each.key.removeprefix(self._prefix).partition("/")[0]
+            if uid in uids:
+                events = self._of(uid)
+                events.add(_Chunk.of_key(each, events.count))
+            else:
+                # An append that was sent twice may arrive once more after the events before it were dropped.
+                _Chunk.of_key(each, None)
+                left[uid] = None
+        self._keys, self._left = [], list(left)
 
     def get(self, uid: str) -> StoredEvents | None:
         return self._vms.get(uid)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from harness.memory_etcd import MemoryEtcd, running_memory_etcd
+from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
 from harness.strategies import BEGAN
 
 from orchard.codec import dump_json
@@ -105,6 +105,25 @@ async def test_events_are_found_by_the_next_leader(autojump_clock: trio.testing.
         assert await payloads_of(storage, A) == [*expected, "last"]
         # The events of a VM that is gone are dropped with the next write.
         assert not [key for key in etcd.values if B.encode() in key]
+
+
+async def test_part_of_the_events_of_a_deleted_vm_stops_no_start(autojump_clock: trio.testing.MockClock) -> None:
+    """An append whose answer was lost is sent again. The first try may arrive after the VM was deleted."""
+    etcd = MemoryEtcd()
+    async with leading(etcd) as first:
+        storage = await first.events()
+        await append(storage, A, "first")
+        await append(storage, A, "last")
+        _, late = [(key, value) for key, value in etcd.values.items() if A.encode() in key]
+        storage.forget(A)
+        await storage.write({}, [A])
+        etcd.answer("/v3/kv/put", {"key": encoded(late[0]), "value": encoded(late[1].value)})
+    async with leading(etcd) as second:
+        storage = await second.events()
+        storage.open({B})
+        assert storage.get(A) is None
+        await append(storage, B, "other")
+        assert not [key for key in etcd.values if A.encode() in key]
 
 
 async def test_any_part_of_the_events_is_read(
