@@ -21,7 +21,7 @@ from orchard.testing import Cluster, cluster
 async def test_exec_runs_in_the_directory_of_a_synthetic_vm() -> None:
     async with cluster() as c:
         await c.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo content > file"})
-        await c.client.vms.wait("vm")
+        await c.client.vms.wait("vm", until="ready")
         await c.client.vms.create(name="other", image="any", username="me", password="secret")
         await c.client.vms.wait("other")
         frames = await run_command(c, "cat file; exit 3", wait="60")
