@@ -131,8 +131,9 @@ class Deadlines:
             # Deletions come last: no other action puts an expired VM again.
             for item in sorted(due, key=lambda item: item[0] == "expire"):
                 self._act(item, tx)
-        for item in due:
-            self._plan(item)
+        for kind, name in due:
+            plan = self._plan_vm if kind in ("expire", "time out") else self._plan_worker
+            plan(name)
         return bool(due)
 
     # -- what is due
@@ -213,16 +214,15 @@ class Deadlines:
                 self._follow_worker(change)
             elif change.kind == "settings":
                 for name in self._store.state.workers:
-                    self._plan(("prune", name))
+                    self._plan_worker(name)
         self._wake()
 
     def _follow_vm(self, change: Change) -> None:
-        self._plan(("expire", change.name))
-        self._plan(("time out", change.name))
+        self._plan_vm(change.name)
         drained = self._store.state.workers
         for vm in (change.old, change.new):
             if isinstance(vm, VM) and (worker := drained.get(vm.state.worker)) is not None and worker.drain is not None:
-                self._plan(("drain", worker.name))
+                self._plan_worker(worker.name)
                 self._states.observe(worker)
 
     def _follow_worker(self, change: Change) -> None:
@@ -230,8 +230,7 @@ class Deadlines:
             self._offline[change.name] = self._clock.monotonic()
         elif change.new is None:
             self._offline.pop(change.name, None)
-        self._plan(("drain", change.name))
-        self._plan(("prune", change.name))
+        self._plan_worker(change.name)
 
     def _follow_state(self, worker: str) -> None:
         """Note that a worker may have become available or unavailable."""
@@ -239,7 +238,7 @@ class Deadlines:
             self._offline.pop(worker, None)
         elif worker in self._store.state.workers:
             self._offline.setdefault(worker, self._clock.monotonic())
-        self._plan(("prune", worker))
+        self._plan_worker(worker)
         self._wake()
 
     def _wake(self) -> None:
@@ -254,26 +253,24 @@ class Deadlines:
     def _rebuild(self) -> None:
         self._agenda = Agenda()
         for name in self._store.state.vms:
-            self._plan(("expire", name))
-            self._plan(("time out", name))
+            self._plan_vm(name)
         for name in self._store.state.workers:
             # A worker whose deletion was undone was forgotten.
             if not self._liveness.is_available(name):
                 self._offline.setdefault(name, self._clock.monotonic())
-            self._plan(("drain", name))
-            self._plan(("prune", name))
+            self._plan_worker(name)
 
-    def _plan(self, item: _Item) -> None:
-        """Note when an item is due."""
-        kind, name = item
-        state = self._store.state
-        if kind in ("expire", "time out"):
-            vm = state.vms.get(name)
-            at = None if vm is None else self._expiry(vm) if kind == "expire" else self._end_of_pending(vm)
-        else:
-            worker = state.workers.get(name)
-            at = None if worker is None else self._drain_at(worker) if kind == "drain" else self._look_at(worker)
-        self._agenda.put(item, at)
+    def _plan_vm(self, name: str) -> None:
+        """Note when the actions on a VM are due, which may not exist any more."""
+        vm = self._store.state.vms.get(name)
+        self._agenda.put(("expire", name), None if vm is None else self._expiry(vm))
+        self._agenda.put(("time out", name), None if vm is None else self._end_of_pending(vm))
+
+    def _plan_worker(self, name: str) -> None:
+        """Note when the actions on a worker are due, which may not exist any more."""
+        worker = self._store.state.workers.get(name)
+        self._agenda.put(("drain", name), None if worker is None else self._drain_at(worker))
+        self._agenda.put(("prune", name), None if worker is None else self._look_at(worker))
 
     def _expiry(self, vm: VM) -> float | None:
         return None if vm.meta.expires_at is None else self._clock.moment(vm.meta.expires_at)
