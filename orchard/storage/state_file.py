@@ -59,8 +59,8 @@ _logger = logging.getLogger("orchard.storage")
 class FileContents(Contents):
     """The contents of a state file. The place of an object is the offset of its last line.
 
-    Objects are parsed and decoded only once each, since most lines of a journal are outdated by later ones: that takes
-    half of the time of reading (./run bench start). The checksum shows that an outdated line is as it was written.
+    Of each object only the last JSON is parsed and decoded, since most lines of a journal are outdated by later ones:
+    reading takes half the time (./run bench start). The checksum shows that an outdated line is as it was written.
     """
 
     path: Path = field(kw_only=True)
