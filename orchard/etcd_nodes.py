@@ -193,7 +193,8 @@ def find_free_port() -> int:
             unused.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             unused.bind(("127.0.0.1", port))
             return port
-    raise OSError(errno.EADDRINUSE, f"every port of {port - _BLOCK_PORTS + 1} to {port} is in use")
+    first = port - (port - _FIRST_PORT) % _BLOCK_PORTS
+    raise OSError(errno.EADDRINUSE, f"every port of {first} to {first + _BLOCK_PORTS - 1} is in use")
 
 
 @dataclass
@@ -209,7 +210,7 @@ _own = _OwnPorts()
 
 def _claim_ports() -> Iterator[int]:
     """Claim a block of ports until this process ends: it holds the UDP port with the number of the first one."""
-    for first in range(_FIRST_PORT, _LAST_PORT, _BLOCK_PORTS):
+    for first in range(_FIRST_PORT, _LAST_PORT - _BLOCK_PORTS + 2, _BLOCK_PORTS):
         with socket.socket(type=socket.SOCK_DGRAM) as claim, suppress(OSError):
             claim.bind(("127.0.0.1", first))
             claim.detach()
