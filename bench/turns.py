@@ -90,6 +90,8 @@ async def measure(home: Path, vms: int) -> None:
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)
         port = running.url.rpartition(":")[2]
+        # As the controller's process does when it has started.
+        collect_garbage_less()
         for kind in (*PATHS, WATCH, *LARGE):
             longest, longest_cpu = [], 0.0
             for number in range(ROUNDS):
@@ -127,7 +129,6 @@ def main() -> None:
         program = "import sys, pathlib, cluster; cluster.prepare(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))"
         words = [str(home), str(vms), str(vms // PER_WORKER)]
         subprocess.run([sys.executable, "-c", program, *words], check=True, cwd=Path(__file__).parent)
-        collect_garbage_less()
         trio.run(measure, home, vms)
 
 
