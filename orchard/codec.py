@@ -589,6 +589,15 @@ def dump_json(value: object) -> bytes:
     return _ENCODER.encode(value).encode()
 
 
+def load_json(text: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8 that no client has sent. Raises ValueError."""
+    try:
+        # json.loads of bytes would detect the encoding of each.
+        return json.loads(text.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 # ---- resources to OpenAPI -------------------------------------------------------------------------------------------
 
 

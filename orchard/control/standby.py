@@ -6,13 +6,12 @@ saves time and decides nothing.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import suppress
 
 import trio
 
-from orchard.codec import ValidationError
+from orchard.codec import ValidationError, load_json
 from orchard.storage.etcd import EtcdClient, EtcdRequestError
 from orchard.store import DecodedObject, decode_object
 
@@ -41,7 +40,7 @@ async def decode_ahead(client: EtcdClient, prefix: str, decoded: dict[str, tuple
                 for number, each in enumerate(await client.scan(f"{prefix}/{kind}/", since=since[kind])):
                     # A takeover reports a wrong value.
                     with suppress(KeyError, TypeError, ValueError, ValidationError):
-                        decoded[each.key] = (each.value, decode_object(kind, json.loads(each.value)))
+                        decoded[each.key] = (each.value, decode_object(kind, load_json(each.value)))
                     since[kind] = max(since[kind], each.mod_revision + 1)
                     if number % _AT_ONCE == 0:
                         await trio.lowlevel.checkpoint()

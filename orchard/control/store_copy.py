@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from orchard.base.files import (
     write_private,
 )
 from orchard.base.nursery import unwrap_groups
-from orchard.codec import decode, format_time
+from orchard.codec import decode, format_time, load_json
 from orchard.control.stored_data import utc_now
 from orchard.schema import Event
 from orchard.storage.engine import Tables
@@ -127,7 +126,7 @@ async def _events_in_files(directory: Path, uids: set[str]) -> Events:
             file.inspect()
             for block in file.blocks(0, file.count):
                 await trio.lowlevel.checkpoint()
-                yield uid, [decode(Event, json.loads(text)) for text in file.read_block(block)]
+                yield uid, [decode(Event, load_json(text)) for text in file.read_block(block)]
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,6 @@ a request may be carried out more than once: callers send only such as may be re
 from __future__ import annotations
 
 import base64
-import json
 import logging
 from binascii import a2b_base64
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 import trio
 
+from orchard.codec import load_json
 from orchard.net import tcp, tls
 from orchard.net.transport import AnswerTooLargeError, ClientError, ClientResponse, ResponseError, Transport
 
@@ -334,7 +334,7 @@ def was_written_at(key: str, revision: int) -> Comparison:
 def _parsed(endpoint: Transport, answer: ClientResponse) -> dict[str, Any]:
     """Return the JSON of an answer. Raises ClientError unless it is one of etcd's: each has a header, or a result with one."""
     try:
-        parsed = json.loads(answer.body)
+        parsed = load_json(answer.body)
     except ValueError:
         parsed = None
     if not isinstance(parsed, dict) or not isinstance(parsed.get("header", parsed.get("result")), dict):

@@ -17,7 +17,6 @@ written, and at last the parts deleted. A controller that takes over completes a
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from typing import Any
 import trio
 
 from orchard.base.nursery import Wakeup
-from orchard.codec import dump_json, format_time
+from orchard.codec import dump_json, format_time, load_json
 from orchard.storage.engine import Batch, BatchLimits, Contents, DecodedValues, Key, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
@@ -95,7 +94,7 @@ class EtcdContents(Contents):
             self.decoded[kind, name] = made
             return
         try:
-            self.objects[kind, name] = (key, json.loads(value))
+            self.objects[kind, name] = (key, load_json(value))
         except ValueError as error:
             raise self.not_understood(key, error) from error
 
@@ -139,7 +138,7 @@ class Head:
 def decode_head(found: KeyValue) -> Head:
     """Return a `head` that was read. Raises DamagedKeyError."""
     try:
-        read = json.loads(found.value)
+        read = load_json(found.value)
         form, version = read["format"], int(read["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise _foreign(found) from error
@@ -197,9 +196,7 @@ def _encode_part(records: Sequence[_Record]) -> bytes:
 
 def _decode_part(found: KeyValue) -> list[_Record]:
     try:
-        return [
-            ((kind, name), None if new is None else dump_json(new)) for (kind, name), new in json.loads(found.value)
-        ]
+        return [((kind, name), None if new is None else dump_json(new)) for (kind, name), new in load_json(found.value)]
     except (ValueError, TypeError) as error:
         raise DamagedKeyError(f"etcd key {found.key}", f"the value is not understood ({error})") from error
 

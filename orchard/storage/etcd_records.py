@@ -10,7 +10,6 @@ All writes compare the key `leader`, and may be repeated (Leadership.write).
 from __future__ import annotations
 
 import base64
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchard.base.files import write_private
-from orchard.codec import ValidationError, decode, dump_json
+from orchard.codec import ValidationError, decode, dump_json, load_json
 from orchard.resources.json_text import dump_resource
 from orchard.schema import Event
 from orchard.storage import event_file
@@ -81,7 +80,7 @@ def read_events(found: KeyValue, count: int) -> list[Event]:
     chunk = _Chunk.of_key(found, count)
     texts = found.value.split(b"\n")[:-1]
     try:
-        events = [decode(Event, json.loads(text)) for text in texts]
+        events = [decode(Event, load_json(text)) for text in texts]
     except (ValueError, TypeError, ValidationError) as error:
         raise DamagedKeyError(f"etcd key {found.key}", f"the events are not understood ({error})") from error
     if (len(texts), len(found.value)) != (chunk.length, chunk.size):
@@ -283,7 +282,7 @@ class EtcdRecords:
                     self._generation, self._current_at = int(each.value), each.mod_revision
                     continue
                 generation, number = map(int, each.key.removeprefix(self._prefix).split("-"))
-                records = [dict(record) for record in json.loads(each.value)]
+                records = [dict(record) for record in load_json(each.value)]
             except (TypeError, ValueError) as error:
                 raise DamagedKeyError(f"etcd key {each.key}", f"the records are not understood ({error})") from error
             self._loaded.append((each.key, records))
@@ -373,7 +372,7 @@ def encode_secret(files: Mapping[str, bytes]) -> bytes:
 def decode_secret(found: KeyValue, names: Sequence[str]) -> dict[str, bytes]:
     """Return the contents of the files of a secret, by name. Raises DamagedKeyError."""
     try:
-        values = json.loads(found.value)
+        values = load_json(found.value)
         return {name: base64.b64decode(values[name], validate=True) for name in names}
     except (ValueError, KeyError, TypeError) as error:
         what = f"it does not hold the files of the secret ({error!r})"

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchard.base.files import draft_of, sync_directory, sync_file
+from orchard.codec import load_json
 from orchard.storage.errors import BrokenError, BrokenFileError, DamagedError, NotWrittenError
 
 # Bytes of the digest. A damaged line passes with a probability of 2**-64.
@@ -91,7 +91,7 @@ class Journal:
     def read(self) -> Iterator[Line]:
         """As `read_texts`, with each object parsed."""
         for offset, text in self.read_texts():
-            yield offset, parse_text(text)
+            yield offset, load_json(text)
 
     def read_after(self, header: Mapping[str, Any]) -> Iterator[Line]:
         """As `read`, without the first line, which must have the values of `header`: format, version, and maybe a uid.
@@ -301,12 +301,6 @@ class Reserve:
             yield fd
         finally:
             os.close(fd)
-
-
-def parse_text(text: bytes) -> Any:
-    """Return the value of a JSON text in UTF-8. Raises ValueError."""
-    # json.loads of bytes would detect the encoding of each.
-    return json.loads(text.decode())
 
 
 def chain_sum(last: bytes, rest: bytes) -> bytes:

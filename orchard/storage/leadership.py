@@ -10,7 +10,6 @@ other controller leads before. `clock` must count the time in which the host sle
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import math
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import trio
 
-from orchard.codec import format_time
+from orchard.codec import dump_json, format_time, load_json
 from orchard.storage.errors import LeadershipLostError, NotWrittenError
 from orchard.storage.etcd import (
     Comparison,
@@ -160,7 +159,7 @@ class Leadership:
         granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(settings.ttl))})
         self._lease, self.by = str(granted["ID"]), settings.new_id()
         text = {"by": self.by, "url": settings.url, "since": format_time(settings.now())}
-        value = json.dumps(text).encode()
+        value = dump_json(text)
         is_won = False
         try:
             result = await self._client.transact(
@@ -278,7 +277,7 @@ class Leadership:
 
 def _parse_leader(value: bytes) -> Leader:
     try:
-        read = json.loads(value)
+        read = load_json(value)
         return Leader(str(read["by"]), str(read.get("url", "")), str(read.get("since", "")))
     except (ValueError, KeyError, TypeError, AttributeError):
         return Leader("", "an unknown program", "")

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from orchard.base.files import RESERVE_FILE, STATE_FILE
-from orchard.codec import dump_json, format_time
+from orchard.codec import dump_json, format_time, load_json
 from orchard.storage.engine import Batch, Contents, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError
-from orchard.storage.journal import Disk, Journal, Reserve, parse_text
+from orchard.storage.journal import Disk, Journal, Reserve
 
 # Version of the file. A newer version is refused. A file of an older version is read, and rewritten before anything is
 # added to it, so that a program of the older version refuses it instead of misreading it.
@@ -271,13 +271,13 @@ def read_contents(journal: Journal) -> FileContents:
     for offset, text in journal.read_texts():
         try:
             if snapshot_end is None:
-                line = parse_text(text)
+                line = load_json(text)
                 _check_header(contents.path, line)
                 contents.version, contents.revision = line["version"], line["revision"]
                 contents.time = _read_time(line.get("written"))
                 snapshot_end = 1 + line["objects"]
             elif contents.lines < snapshot_end:
-                _take_record(contents, offset, parse_text(text))
+                _take_record(contents, offset, load_json(text))
             else:
                 _take_batch(contents, offset, text)
         except (KeyError, TypeError, ValueError) as error:
@@ -295,7 +295,7 @@ def _parse_objects(contents: FileContents) -> None:
     for key, (offset, raw) in contents.objects.items():
         if isinstance(raw, bytes):
             try:
-                contents.objects[key] = (offset, parse_text(raw))
+                contents.objects[key] = (offset, load_json(raw))
             except ValueError as error:
                 raise contents.not_understood(offset, error) from error
 
@@ -319,7 +319,7 @@ def _take_batch(contents: FileContents, offset: int, text: bytes) -> None:
         _advance(contents, offset, int(after) + 1, int(revision), None if time is None else time.decode())
         contents.objects[kind.decode(), name.decode()] = (offset, json)
         return
-    line = parse_text(text)
+    line = load_json(text)
     # A line without "after" has one transaction.
     first = line.get("after", line["revision"] - 1) + 1
     _advance(contents, offset, first, line["revision"], line.get("time"))

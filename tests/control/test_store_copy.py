@@ -290,7 +290,14 @@ def cut_events(etcd: MemoryEtcd) -> bytes:
     return key
 
 
+DEEP = 100_000 * b"["
+
 DAMAGES: dict[str, Damage] = {
+    "VM that is nested too deep": changed("vm", DEEP),
+    "events that are nested too deep": changed("events", DEEP + b"\n"),
+    "history that is nested too deep": changed("history", DEEP),
+    "secret that is nested too deep": changed("secret", DEEP),
+    "head that is nested too deep": added(b"/orchard/head", DEEP),
     "VM that is no JSON": changed("vm", b"{"),
     "VM that cannot be decoded": changed("vm", b'{"cpu": "x"}'),
     "worker that cannot be decoded": changed("worker", b"[]"),
