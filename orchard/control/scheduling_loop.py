@@ -133,8 +133,12 @@ class SchedulingLoop:
 
     def forget_worker(self, name: str) -> None:
         """Forget a worker whose deletion is durable."""
-        self.liveness.record_deletion(name)
         self._failures.forget_worker(name)
+        if name in self._store.state.workers:
+            # It has registered again before the deletion was durable. The session that began then goes on.
+            self.liveness.record_replacement(name)
+            return
+        self.liveness.record_deletion(name)
         self.states.forget(name)
         self._offline.discard(name)
 

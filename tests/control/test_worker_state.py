@@ -147,6 +147,23 @@ async def test_worker_whose_watch_is_closed_gets_no_new_vms_after_two_seconds(
     assert (await api.ok("GET", "/vms/late"))["worker"] == "w"
 
 
+async def test_worker_that_registers_before_its_deletion_is_durable_keeps_its_session(
+    api: Served, autojump_clock: object
+) -> None:
+    await api.register("w")
+    await trio.sleep(1000)
+    with api.store.transaction() as tx:
+        tx.delete(api.state.workers["w"])
+    await api.ok("POST", "/workers", {"name": "w", "capabilities": [WORKER_STATE]})
+    liveness = api.loop.liveness
+    assert liveness.silent_at("w") > trio.current_time()
+    # The deleted one may still run its VMs.
+    assert liveness.deleted_until("w") > trio.current_time()
+    api.open_watch("w")
+    await api.ok("GET", "/vms?filter=worker=w")
+    assert not liveness.is_available("w"), "it has not said that it has settled"
+
+
 @pytest.mark.parametrize("named", [False, True])
 async def test_assignment_returns_to_the_queue_early_only_if_no_poll_has_named_it(
     api: Served, autojump_clock: object, named: bool
