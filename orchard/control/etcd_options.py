@@ -57,7 +57,7 @@ def add_access_options(parser: argparse.ArgumentParser, *, urls: bool = True) ->
     add = parser.add_argument
     if urls:
         add("--etcd", metavar="URL[,URL...]",
-        help="client URLs of the etcd that holds the state, such as https://etcd-1.example.com:2379")  # fmt: skip
+            help="client URLs of the etcd that holds the state, such as https://etcd-1.example.com:2379")  # fmt: skip
     add("--etcd-prefix", metavar="PATH", type=parse_etcd_prefix,
         help=f"path of the keys, another one for each cluster; default {DEFAULT_ETCD_PREFIX}")  # fmt: skip
     add(

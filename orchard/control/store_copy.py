@@ -115,7 +115,7 @@ async def read_directory(directory: Path) -> AsyncIterator[tuple[Copy, Events]]:
             async with contextlib.aclosing(_events_in_files(directory / EVENTS_DIRECTORY, uids)) as events:
                 yield copy, events
     except LockError as error:
-        raise CopyError(f"{error}; stop the controller first") from error
+        raise CopyError(f"{error}; a copy locks it: stop the controller there, or make it writable") from error
 
 
 async def _events_in_files(directory: Path, uids: set[str]) -> Events:
