@@ -92,6 +92,7 @@ def keys(*pairs: tuple[str, object]) -> Prepare:
         (keys(("head", b"\xff")), "/orchard/head"),
         (keys(("head", {**HEAD, "format": "orchard-events"})), "/orchard/head"),
         (keys(("head", {**HEAD, "revision": "many"})), "/orchard/head"),
+        (keys(("head", {**HEAD, "time": "noon"})), "/orchard/head"),
         (keys(("head", {**HEAD, "version": STATE_VERSION + 1, "new": 1})), f"version {STATE_VERSION + 1}"),
         (keys(("head", {**HEAD, "version": STATE_VERSION + 1}), ("leader", LEADER)), f"version {STATE_VERSION + 1}"),
         (keys(("head", HEAD), ("vm/a", b"{")), "/orchard/vm/a"),

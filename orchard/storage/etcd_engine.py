@@ -137,27 +137,21 @@ class Head:
 
 def decode_head(found: KeyValue) -> Head:
     """Return a `head` that was read. Raises DamagedKeyError."""
+    key = f"etcd key {found.key}"
     try:
         read = load_json(found.value)
-        form, version = read["format"], int(read["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(found) from error
-    if form != _FORMAT:
-        raise _foreign(found)
-    if version > STATE_VERSION:
-        what = f"version {version} is newer than the version {STATE_VERSION} that this program knows"
-        raise DamagedKeyError(f"etcd key {found.key}", what, "start the Orchard that wrote it, or a newer one")
-    try:
+        if read["format"] != _FORMAT:
+            raise ValueError(f"the format is {read['format']}")
+        version = int(read["version"])
+        if version > STATE_VERSION:
+            what = f"version {version} is newer than the version {STATE_VERSION} that this program knows"
+            raise DamagedKeyError(key, what, "start the Orchard that wrote it, or a newer one")
         numbers = {name: int(read[name]) for name in ("revision", "epoch", "write", "parts")}
         head = Head(**numbers, by=str(read["by"]), time=str(read["time"]), version=version)
         _ = head.written
     except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(found) from error
+        raise DamagedKeyError(key, "it is not that of a controller", "choose another --etcd-prefix") from error
     return head
-
-
-def _foreign(found: KeyValue) -> DamagedKeyError:
-    return DamagedKeyError(f"etcd key {found.key}", "it is not that of a controller", "choose another --etcd-prefix")
 
 
 _Record = tuple[Key, bytes | None]
@@ -254,6 +248,7 @@ class EtcdEngine:
         self.takes_deletions = True
         self._client = client
         self._prefix = prefix
+        self._head_key = f"{prefix}/head"
         self._leadership = leadership
         # The last `head` of this controller, and etcd's revision of it.
         self.head = Head()
@@ -264,10 +259,6 @@ class EtcdEngine:
         # Values that were decoded before the start; empty after `load`.
         self._ahead = ahead
         self._look = Wakeup()
-
-    @property
-    def _head_key(self) -> str:
-        return f"{self._prefix}/head"
 
     def leads(self) -> bool:
         # The same controller may lead again later, with another engine.

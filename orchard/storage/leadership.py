@@ -92,6 +92,7 @@ class Leadership:
         self._client = client
         self._settings = settings
         self._lease = ""
+        # When this controller stops leading without another keepalive, by the clock of the settings.
         self._until = -math.inf
         # Why this controller does not lead any more, "" while it campaigns and leads.
         self.lost = ""
@@ -100,15 +101,11 @@ class Leadership:
 
     def leads(self) -> bool:
         """Return whether an answer that is based on the state in memory may leave now."""
-        return not self.lost and self.remaining() > 0
-
-    def remaining(self) -> float:
-        """Return for how many seconds this controller still leads without another keepalive; negative if it does not lead."""
-        return self._until - self._settings.clock()
+        return not self.lost and self._until > self._settings.clock()
 
     def patience(self) -> float:
         """Return for how many seconds a request may take: after them `leads` is false without another keepalive."""
-        return max(0.0, self.remaining() + _ROUNDING_SECONDS)
+        return max(0.0, self._until - self._settings.clock() + _ROUNDING_SECONDS)
 
     def lose(self, reason: str) -> LeadershipLostError:
         """Stop leading at once. Return the error that says so."""

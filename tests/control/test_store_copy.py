@@ -320,10 +320,6 @@ DAMAGES: dict[str, Damage] = {
     "secret without a file": changed("secret", b"{}", 2),
     "head that is no JSON": added(b"/orchard/head"),
     "head of a newer version": added(b"/orchard/head", b'{"format": "orchard-state", "version": 99}'),
-    "head with a wrong time": added(
-        b"/orchard/head",
-        b'{"format": "orchard-state", "version": 1, "revision": 0, "epoch": 1, "write": 1, "parts": 0, "by": "", "time": "x"}',
-    ),
     "key of another program": added(b"/orchard/other"),
     "kind of another program": added(b"/orchard/other/x"),
     "bytes of another program": added(b"/orchard/vm/\xff"),
