@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shutil
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -207,17 +208,24 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
         draft.mkdir(mode=0o700, parents=True)
     except FileExistsError:
         raise CopyError(f"{draft} is left of a copy that was interrupted; remove it") from None
+    with contextlib.ExitStack() as stack:
+        # A copy that fails leaves nothing. After the renaming there is no such directory.
+        stack.callback(shutil.rmtree, draft, ignore_errors=True)
+        await _fill(draft, copy, events)
+        draft.replace(directory)
+    sync_directory(directory.parent)
+
+
+async def _fill(draft: Path, copy: Copy, events: Events) -> None:
+    """Write all files into a new directory, durably."""
     (draft / EVENTS_DIRECTORY).mkdir(mode=0o700)
     files: dict[str, EventFile] = {}
     async for uid, some in events:
         if uid not in files:
             files[uid] = EventFile(draft / EVENTS_DIRECTORY, uid, Disk())
         files[uid].append(some)
-    for stored, records in (
-        (lifecycle_file(draft / EVENTS_DIRECTORY), copy.lifecycle),
-        (history_file(draft), copy.history),
-    ):
-        await _write_records(stored, records)
+    await _write_records(lifecycle_file(draft / EVENTS_DIRECTORY), copy.lifecycle)
+    await _write_records(history_file(draft), copy.history)
     for contents in copy.secrets.values():
         for name, content in contents.items():
             write_private(draft / name, content)
@@ -225,8 +233,6 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
     state.create(snapshot_lines(copy.tables, copy.revision, copy.time))
     state.close()
     sync_directory(draft)
-    draft.replace(directory)
-    sync_directory(directory.parent)
 
 
 def _free_place(directory: Path) -> Path:
