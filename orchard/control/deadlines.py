@@ -255,19 +255,19 @@ class Deadlines:
         for name in self._store.state.vms:
             self._plan_vm(name)
         for name in self._store.state.workers:
-            # A worker whose deletion was undone was forgotten.
+            # Each worker is offline at a start. One whose deletion was undone was forgotten.
             if not self._liveness.is_available(name):
                 self._offline.setdefault(name, self._clock.monotonic())
             self._plan_worker(name)
 
     def _plan_vm(self, name: str) -> None:
-        """Note when the actions on a VM are due, which may not exist any more."""
+        """Note when the actions on a VM are due: never, if it does not exist any more."""
         vm = self._store.state.vms.get(name)
         self._agenda.put(("expire", name), None if vm is None else self._expiry(vm))
         self._agenda.put(("time out", name), None if vm is None else self._end_of_pending(vm))
 
     def _plan_worker(self, name: str) -> None:
-        """Note when the actions on a worker are due, which may not exist any more."""
+        """Note when the actions on a worker are due: never, if it does not exist any more."""
         worker = self._store.state.workers.get(name)
         self._agenda.put(("drain", name), None if worker is None else self._drain_at(worker))
         self._agenda.put(("prune", name), None if worker is None else self._look_at(worker))

@@ -46,7 +46,7 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
 SURVEY_SECONDS, HOLD_SECONDS = 15.0, 30.0
 # A queue is old when a VM has waited for so long.
 OLD_QUEUE_SECONDS = 600.0
-# Free disk space below this is low, unless the cluster has a minFreeDiskGB. It is low until it is above so many times that.
+# Free disk space below the cluster's minFreeDiskGB, or else LOW_DISK_GB, is low until it exceeds _ENOUGH times that.
 LOW_DISK_GB, _ENOUGH = 10, 1.1
 _BYTES_PER_GB = 10**9
 # Objects that are looked at in one step of the event loop.
