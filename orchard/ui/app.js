@@ -6,10 +6,12 @@
 
 // ---- elements ----
 
-/** Make an element. `on` of the properties holds listeners, `class` and the others are attributes; false leaves one out. */
+const byId = (id) => document.getElementById(id);
+
+/** Make an element. `on` of the properties holds listeners; the others are attributes, of which false leaves one out. */
 function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties || {})) {
+  for (const [name, value] of Object.entries(properties)) {
     if (name === "on") for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
@@ -25,7 +27,7 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** The shape of a state, a copy: browsers make a tree of each <use>. Its word stands beside it, or is its label. */
+/** Make the icon of a state: a copy, since a <use> takes more memory. `label` is its text where none is beside it. */
 function mark(state, label = "") {
   const named = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
   const shapes = byId(`i-${state}`)?.cloneNode(true).childNodes || [];
@@ -66,10 +68,8 @@ function keepFocus(place, change) {
 
 const refill = (place, ...children) => keepFocus(place, () => place.replaceChildren(...children));
 
-/** Make the children of `parent` those of `items`. A child is kept while its key is there, and updated for another item. */
-function keyed(parent, ...more) {
-  keepFocus(parent, () => replaceKeyed(parent, ...more));
-}
+/** Show items as the children of `parent`. A child stays while its key does; for a changed item it is updated, or else made anew. */
+const keyed = (parent, ...more) => keepFocus(parent, () => replaceKeyed(parent, ...more));
 
 function replaceKeyed(parent, items, keyOf, make, update = null) {
   const before = parent.keyedChildren || new Map();
@@ -111,7 +111,7 @@ function duration(milliseconds) {
   return `${Math.floor(s / 86400)} d`;
 }
 
-/** How long ago a time was, with the absolute one as title. The clock of `tick` keeps it right. */
+/** Show how long ago a time was. `tickTimes` keeps it right. */
 const ago = (time) => setTime(h("time"), time);
 
 function setTime(element, time) {
@@ -127,12 +127,12 @@ function setTime(element, time) {
   return element;
 }
 
-// Milliseconds by which the controller's clock is ahead of this one.
+// Milliseconds by which the controller's clock is ahead of the browser's.
 let skew = 0;
-/** The time by the controller's clock, by which all that it tells is dated. */
+/** Return the time by the controller's clock, which dates everything that it sends. */
 const serverTime = () => Date.now() + skew;
 
-/** The whole seconds since a time. */
+/** Return the time since another one, in whole seconds. */
 const since = (time) => duration(Math.floor((serverTime() - Date.parse(time)) / SECOND) * SECOND);
 
 function tickTimes() {
@@ -208,7 +208,7 @@ const LONG_QUEUE = 10 * MINUTE, LONG_START = 30 * MINUTE;
 
 const hasCondition = (vm, type) => (vm.conditions || []).some((one) => one.type === type && one.state === "true");
 const isQueued = (vm) => vm.status !== "failed" && vm.status !== "running" && !vm.worker;
-/** Whether no registered worker could ever take a VM. The controller's reasons for that begin so. */
+/** Whether no registered worker could ever take a VM, which the controller's reason shows. */
 const isNever = (vm) => isQueued(vm) && /^waiting: no worker (?!has registered)/.test(vm.status_message || "");
 
 function vmState(vm) {
@@ -218,7 +218,7 @@ function vmState(vm) {
   return vm.startup_script && vm.startupExitCode === undefined && !hasCondition(vm, "ready") ? "script" : "running";
 }
 
-/** What a VM does, in a word or two. */
+/** Return what a VM does, in a word or two. */
 function vmPhase(vm) {
   const state = vmState(vm);
   if (state === "script") return "script runs";
@@ -229,8 +229,8 @@ function vmPhase(vm) {
   return /^(pulling|cloning)/.exec(vm.status_message || "")?.[0] || "starting";
 }
 
-/** A VM's phase and its message, which has the phase of a VM that starts. */
-const vmDescription = (vm) => [...(vmState(vm) === "starting" && vm.status_message ? [] : [vmPhase(vm)]), vm.status_message].filter(Boolean).join(" · ");
+/** Return a VM's phase and its message. While a VM starts, the message has the phase. */
+const vmDescription = (vm) => [vmState(vm) === "starting" && vm.status_message ? "" : vmPhase(vm), vm.status_message].filter(Boolean).join(" · ");
 
 const workerState = (worker) => worker.state || "online";
 const slotsOf = (worker) => worker.resources?.[SLOTS] || 0;
@@ -241,12 +241,12 @@ class Fleet {
   constructor() {
     this.vms = new Map();
     this.workers = new Map();
-    // By the worker's name: its VMs by name.
+    // By the name of a worker: its VMs by name.
     this.placed = new Map();
-    // VMs by name that do not run, and how many are in each state: of ten thousand, few change at a time.
+    // The VMs that do not run, by name, and the number of VMs in each state. To look at ten thousand for each change would be slow.
     this.idle = new Map();
     this.counts = {};
-    // What failed while this page looked on, the latest last.
+    // What has failed since the page was opened, the latest last.
     this.failures = [];
     this.complete = false;
     this.listing = null;
@@ -311,7 +311,7 @@ class Fleet {
 
   putWorker(worker, name) {
     if (worker) {
-      // The page of images asks for them itself. A thousand workers have tens of megabytes of them.
+      // The page of images reads them itself: those of a thousand workers are tens of megabytes.
       delete worker.images;
       this.workers.set(name, worker);
     } else {
@@ -327,7 +327,7 @@ class Fleet {
     if (this.failures.length > MAX_FAILURES) this.failures.shift();
   }
 
-  /** Take over what another tab has. */
+  /** Take over the fleet of another tab. */
   load({ vms, workers, failures }) {
     this.apply({ type: "BEGIN" });
     for (const object of vms) this.apply({ type: "ADDED", kind: "vm", object });
@@ -451,21 +451,17 @@ async function send(method, path, { body, signal, authorization = session.author
   const headers = authorization ? { Authorization: authorization } : {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await fetch(`${BASE}/v1${path}`, {
-    method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body),
+    method, headers, signal, body: JSON.stringify(body),
     credentials: "omit", cache: "no-store", redirect: "error",
   });
   const ahead = Date.parse(answer.headers.get("Date")) - Date.now();
   // The header has whole seconds.
   if (Math.abs(ahead - skew) > 2 * SECOND) skew = ahead;
   if (answer.ok) return answer;
-  let message = "";
-  try {
-    message = (await answer.json()).message;
-  } catch {
-    // Not every proxy answers with JSON.
-  }
+  // Not every proxy answers with JSON.
+  const problem = await answer.json().catch(() => null);
   if (answer.status === 401 && authorization === session.authorization && session.info) signOut();
-  throw new RequestError(answer.status, message || `the controller answered ${answer.status}`);
+  throw new RequestError(answer.status, problem?.message || `the controller answered ${answer.status}`);
 }
 
 const ask = async (path, options) => (await send("GET", path, options)).json();
@@ -477,7 +473,7 @@ function may(role) {
   return roles.includes(role) || (role === "compute:connect" && roles.includes("compute:write"));
 }
 
-/** Yield the parsed lines of a stream in blocks. It lets the browser paint between two blocks. */
+/** Yield the parsed lines of a stream in blocks. The browser can paint between two blocks. */
 async function* jsonLines(answer) {
   const decoder = new TextDecoder();
   let [reader, buffer] = readerOf(answer.body);
@@ -500,7 +496,7 @@ async function* jsonLines(answer) {
   }
 }
 
-/** Return a reader, and the buffer into which it reads all that comes: new ones would be much garbage. Not every browser can. */
+/** Return a reader, and a buffer that it can use again for each piece, where the browser can: new ones would be much garbage. */
 function readerOf(body) {
   try {
     return [body.getReader({ mode: "byob" }), new ArrayBuffer(65536)];
@@ -509,7 +505,7 @@ function readerOf(body) {
   }
 }
 
-/** Wait for a turn of the event loop. Timers would be slow in a tab that is not seen. */
+/** Wait for the next task of the event loop. A timer would be slow in a hidden tab. */
 function nextTask() {
   return new Promise((resolve) => {
     const channel = new MessageChannel();
@@ -522,20 +518,20 @@ const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 
 // ---- the stream ----
 
-// Seconds of silence after which the controller says that it is there, and those after which the connection counts as lost.
+// Seconds of silence after which the controller sends a line, and after which the connection counts as lost.
 const SILENCE = 2, LOST = 4.5;
 
-/** Follows the cluster: one tab of the browser has the watch and tells the others. */
+/** Follows the cluster. One tab of the browser, the leader, has a watch and passes its lines on to the others. */
 class Stream {
   constructor() {
     this.id = Math.random().toString(36).slice(2);
-    // The state of the fleet in this tab: who told the last block, and its number there.
+    // The leader that sent the last block of lines, and the number of that block.
     this.at = "";
     this.revision = "";
     this.heard = 0;
     this.isLive = false;
     this.wasLost = false;
-    // When this tab asked another one for the whole fleet, and which tabs have asked this one.
+    // When this tab asked the leader for the whole fleet, and the tabs that wait for it from this one.
     this.asked = 0;
     this.waiting = new Set();
     this.isLeader = false;
@@ -545,7 +541,7 @@ class Stream {
   start() {
     const key = `orchard ${BASE} ${session.account}`;
     this.timer = setInterval(() => this.checkSilence(), 500);
-    // Without locks, as on a page from plain HTTP, each tab has a watch of its own while it is seen.
+    // Without locks, as on a page from plain HTTP, each tab that is seen has a watch of its own.
     if (!navigator.locks) {
       this.lead();
       return;
@@ -629,17 +625,17 @@ class Stream {
       for (const line of message.lines) this.take(line);
       this.notice(true);
     } else if (Date.now() - this.asked > 2 * SECOND) {
-      // Something was missed, as by a tab that has just been opened.
+      // A block was missed, for example by a tab that has just been opened.
       this.asked = Date.now();
       this.channel.postMessage({ type: "hello", from: this.id });
     }
   }
 
   exchange(message) {
-    if (message.type === "hello") {
+    if (message.type === "hello" && this.isLeader) {
       this.waiting.add(message.from);
       this.answerWaiting();
-    } else if (message.to.includes(this.id) && !this.isLeader) {
+    } else if (message.type === "all" && !this.isLeader && message.to.includes(this.id)) {
       this.at = message.at;
       this.revision = message.revision;
       fleet.load(message.fleet);
@@ -648,7 +644,6 @@ class Stream {
   }
 
   answerWaiting() {
-    if (!this.isLeader) this.waiting.clear();
     if (!this.waiting.size || !fleet.complete || fleet.listing) return;
     const { at, revision, isLive } = this;
     this.channel.postMessage({ type: "all", to: [...this.waiting], at, revision, isLive, fleet: fleet.dump() });
@@ -657,7 +652,7 @@ class Stream {
 
   take(line) {
     fleet.apply(line);
-    // In the middle of a list there is none to go on from.
+    // A list that is cut off begins anew.
     this.revision = line.type === "BEGIN" ? "" : line.revision || this.revision;
   }
 
@@ -684,7 +679,7 @@ async function refreshInfo() {
     session.info = await ask("/controller/info");
     if (JSON.stringify(session.info.roles) !== roles) frame.route();
   } catch {
-    // The stream says so if it lasts.
+    // A lost connection is shown by the stream.
   }
 }
 
@@ -693,16 +688,18 @@ async function refreshInfo() {
 const address = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
 const vmLink = (name) => h("a", { href: address("vm", name), class: "clip", title: name, "data-nav": true }, name);
 const workerLink = (name) => (name ? h("a", { href: address("worker", name), title: name }, name) : "–");
-const clipped = (text) => h("span", { class: "clip", title: text }, text);
+const clipped = (text, title = text) => h("span", { class: "clip", title }, text);
 const titleBar = (...parts) => h("div", { class: "title" }, h("h1", {}, parts.shift()), h("span", { class: "grow" }), ...parts);
 const empty = (text) => h("p", { class: "quiet-text" }, text);
 
 function panel(title, ...children) {
-  const heading = h("h2", {}, title);
-  return h("section", { class: "panel", "aria-label": title }, heading, ...children);
+  return h("section", { class: "panel", "aria-label": title }, h("h2", {}, title), ...children);
 }
 
-/** A list of facts: [name, value] pairs, of which those without a value are left out. */
+/** The heading of a page about one worker or VM, whose state is "" if it is not there. */
+const titleOf = (name, state, word, actions = []) => [state && mark(state), h("h1", {}, name), h("span", { class: `word s-${state}` }, word), h("div", { class: "row actions" }, actions)];
+
+/** A list of [name, value] pairs, of which those without a value are left out. */
 function facts(entries) {
   const shown = entries.filter(([, value]) => value !== undefined && value !== null && value !== "");
   return h("dl", { class: "facts" }, shown.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
@@ -711,12 +708,12 @@ function facts(entries) {
 const chips = (map, label) => (pairs(map).length ? h("span", { class: "chips", tabindex: "0", role: "group", "aria-label": label }, pairs(map).map((text) => h("span", { class: "chip" }, text))) : "");
 
 function bar(share, label, isBad = false) {
-  const fill = h("i", { class: isBad ? "bad" : "" });
+  const fill = h("i", { class: isBad && "bad" });
   fill.style.width = `${Math.round(100 * Math.min(1, share))}%`;
   return h("div", { class: "bar", role: "img", "aria-label": label }, fill);
 }
 
-/** A line to copy. */
+/** A line with a button that copies it. */
 function copyLine(text, label) {
   const code = h("code", { tabindex: "0", role: "group", "aria-label": label }, text);
   const copy = async () => {
@@ -751,7 +748,7 @@ function dialog({ title, body = [], action = "", danger = false }) {
   });
 }
 
-/** Carry out an action, and say what became of it. */
+/** Carry out an action, and say that it is done, or why it was refused. Return what it returns or true, and null if it failed. */
 async function act(action, done) {
   try {
     const result = await action();
@@ -768,41 +765,38 @@ async function act(action, done) {
 /** A button that asks first. */
 function actionButton(label, { title, text, danger = false, run, done }) {
   return button(label, async () => {
-    const answer = await dialog({ title, body: text ? h("p", {}, text) : [], action: label.replace("…", ""), danger });
+    const answer = await dialog({ title, body: h("p", {}, text), action: label.replace("…", ""), danger });
     if (answer) act(run, done);
-  }, { class: danger ? "danger" : "" });
+  }, { class: danger && "danger" });
 }
 
-/** A table whose rows exist only where they are seen: all have one height. */
+/** A table in which only the rows that are seen exist. All rows have the same height. */
 class LongTable {
-  constructor({ columns, label, makeRow, keyOf, onSort = null }) {
-    Object.assign(this, { columns, makeRow, keyOf, onSort, items: [], rowHeight: 33 });
-    this.heads = columns.map((column) => h("th", { scope: "col", class: column.class || "" }, this.headOf(column)));
+  constructor({ columns, label, makeRow, keyOf, onSort }) {
+    Object.assign(this, { columns, makeRow, keyOf, items: [], rowHeight: 33 });
+    this.heads = columns.map(({ title, sort, class: name }) => h("th", { scope: "col", class: name }, sort ? button(title, () => onSort(sort)) : title));
     this.body = h("tbody");
-    this.table = h("table", { class: "fixed", "aria-label": label }, h("thead", {}, h("tr", {}, this.heads)), this.body);
+    const hidden = { "aria-hidden": "true" };
+    [this.above, this.below] = [0, 1].map(() => h("tr", { class: "spacer" }, h("td")));
+    this.table = h("table", { class: "fixed", "aria-label": label },
+      h("thead", {}, h("tr", {}, this.heads)), h("tbody", hidden, this.above), this.body, h("tbody", hidden, this.below));
     this.element = h("div", { class: "scroll tall", tabindex: "-1" }, this.table);
     this.element.addEventListener("scroll", () => frame.schedule(() => this.draw()), { passive: true });
-    [this.above, this.below] = [0, 1].map(() => h("tr", { class: "spacer", "aria-hidden": "true" }, h("td")));
   }
 
-  headOf(column) {
-    if (!column.sort) return column.title;
-    return button(column.title, () => this.onSort(column.sort));
-  }
-
-  show(items, sort = null) {
+  show(items, sort) {
     this.keepPlace(items);
     this.items = items;
     this.columns.forEach((column, index) => {
       if (!column.sort) return;
-      const order = sort?.by === column.sort ? (sort.down ? "descending" : "ascending") : "none";
+      const order = sort.by === column.sort ? (sort.down ? "descending" : "ascending") : "none";
       this.heads[index].setAttribute("aria-sort", order);
     });
     this.table.setAttribute("aria-rowcount", items.length + 1);
     this.draw();
   }
 
-  /** Keep the rows in place while a person reads or points at them: those that come above are scrolled away. */
+  /** Scroll by the rows that come or go above, while the table is scrolled or has the pointer or the focus. */
   keepPlace(items) {
     const { element, rowHeight } = this, isRead = element.scrollTop > 0 || this.body.matches(":hover, :focus-within");
     const at = Math.floor(element.scrollTop / rowHeight), first = isRead && this.items[at];
@@ -818,15 +812,11 @@ class LongTable {
     const last = Math.min(this.items.length, first + Math.ceil((clientHeight || 600) / this.rowHeight) + 24);
     this.above.firstChild.style.height = `${first * this.rowHeight}px`;
     this.below.firstChild.style.height = `${(this.items.length - last) * this.rowHeight}px`;
-    const rows = [this.above, ...this.items.slice(first, last), this.below];
-    const isSpacer = (item) => item === this.above || item === this.below;
-    keyed(this.body, rows, (item) => (isSpacer(item) ? item : this.keyOf(item)), (item) => (isSpacer(item) ? item : this.makeRow(item)));
-    let index = first + 2;
-    for (const row of this.body.children) if (!row.classList.contains("spacer")) row.setAttribute("aria-rowindex", index++);
+    keyed(this.body, this.items.slice(first, last), this.keyOf, this.makeRow);
+    [...this.body.children].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 2));
   }
 }
 
-/** A small table whose rows are all there. */
 function table(label, heads, rows) {
   const head = h("tr", {}, heads.map((text) => (text ? h("th", { scope: "col" }, text) : h("td"))));
   return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, head), h("tbody", {}, rows)));
@@ -834,7 +824,7 @@ function table(label, heads, rows) {
 
 // ---- page: fleet ----
 
-// Of workers, so many get their boxes in one frame.
+// MAX_NEW_BOXES: boxes of workers that are made in one frame.
 const MAX_LISTED = 30, MAX_SLOTS = 12, MAX_NEW_BOXES = 30, SLOT_HEIGHT = 24;
 
 class FleetPage {
@@ -846,31 +836,28 @@ class FleetPage {
     this.search = h("input", { type: "search", placeholder: "Search ( / )", "aria-label": "Search workers and VMs", on: { input: () => this.drawWorkers() } });
     this.select = h("select", { on: { change: () => this.changeGroup() } });
     this.groups = h("div");
-    this.need = this.list("Needs attention");
+    this.problems = this.list("Needs attention");
     this.queue = this.list("Queue");
     this.failures = this.list("Failures of the last hour");
-    this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "300px" });
+    this.observer = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "300px" });
     this.boxes = new Map();
-    // Rows of slots to be used again: new ones would be much garbage when a person scrolls.
+    // Rows of slots to use again: new ones would be much garbage while a person scrolls.
     this.spare = [];
     this.earlier = [];
     const tools = h("div", { class: "tools" }, h("h2", {}, "Workers"), this.search, h("label", {}, "Group by", this.select));
     main.append(h("h1", { class: "visually-hidden" }, "Fleet"), this.tiles, h("div", { class: "fleet" },
-      this.need.panel, h("section", { class: "workers", "aria-label": "Workers" }, tools, this.groups),
+      this.problems.panel, h("section", { class: "workers", "aria-label": "Workers" }, tools, this.groups),
       h("div", { class: "stack" }, this.queue.panel, this.failures.panel)));
     this.loadFailures();
   }
 
   unmount() {
-    this.seen.disconnect();
+    this.observer.disconnect();
   }
 
   list(title) {
-    const count = h("span", { class: "count" });
-    const items = h("ul", { class: "list" });
-    const none = empty("");
-    const heading = h("h2", {}, title, " ", count);
-    return { panel: h("section", { class: "panel", "aria-label": title }, heading, items, none), count, items, none };
+    const count = h("span", { class: "count" }), items = h("ul", { class: "list" }), none = empty("");
+    return { panel: h("section", { class: "panel", "aria-label": title }, h("h2", {}, title, " ", count), items, none), count, items, none };
   }
 
   async loadFailures() {
@@ -888,14 +875,14 @@ class FleetPage {
     else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers(changed.workers);
     else if (this.search.value && changed.vms.size) this.drawWorkers(changed.workers);
     else for (const name of changed.workers) this.drawBox(name);
-    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.title} ${one.text} ${one.since}`, problemItem, "Nothing needs attention.");
+    this.fill(this.problems, fleet.problems(), (one) => `${one.key} ${one.title} ${one.text} ${one.since}`, problemItem, "Nothing needs attention.");
     this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message} ${vm.priority}`, queueItem, "No VM waits for a worker.");
     this.drawFailures();
   }
 
   fill(list, items, keyOf, make, none) {
     setText(list.count, items.length ? number(items.length) : "");
-    // All that an item shows is in its key.
+    // The key has all that an item shows, so none is updated.
     keyed(list.items, items.slice(0, MAX_LISTED), keyOf, make, () => {});
     list.items.hidden = !items.length;
     const more = items.length - MAX_LISTED;
@@ -905,18 +892,18 @@ class FleetPage {
 
   drawTiles() {
     const t = fleet.totals();
-    const tile = (key, label, value, more = "", extra = null, href = `#/vms?state=${key}`) => ({ key: `${key} ${value} ${more}`, key0: key, label, value, more, extra, href });
     const tiles = [
-      tile("online", "workers online", t.online, ` / ${number(t.workers)}`, null, "#/fleet"),
-      tile("slots", "slots used", t.used, ` / ${number(t.slots)}`, t.slots ? t.used / t.slots : 0, "#/fleet"),
-      tile("running", "running", (t.running || 0) + (t.script || 0)),
-      tile("starting", "starting", t.starting || 0),
-      tile("queued", "in the queue", t.queued || 0),
-      tile("failed", "failed", t.failed || 0),
+      { label: "workers online", state: "online", value: t.online, all: t.workers },
+      { label: "slots used", value: t.used, all: t.slots },
+      { label: "running", state: "running", value: (t.running || 0) + (t.script || 0) },
+      { label: "starting", state: "starting", value: t.starting || 0 },
+      { label: "in the queue", state: "queued", value: t.queued || 0 },
+      { label: "failed", state: "failed", value: t.failed || 0 },
     ];
-    keyed(this.tiles, tiles, (one) => one.key, (one) => h("a", { class: one.value ? "tile" : "tile none", href: one.href },
-      h("b", {}, number(one.value), one.more && h("small", {}, one.more)),
-      h("span", {}, one.key0 !== "slots" && mark(one.key0), one.label), one.extra !== null && bar(one.extra, "share of slots used")));
+    const make = ({ label, state, value, all }) => h("a", { class: value ? "tile" : "tile none", href: all === undefined ? `#/vms?state=${state}` : "#/fleet" },
+      h("b", {}, number(value), all !== undefined && h("small", {}, ` / ${number(all)}`)),
+      h("span", {}, state && mark(state), label), !state && bar(value / (all || 1), "share of slots used"));
+    keyed(this.tiles, tiles, (one) => Object.values(one).join(), make);
   }
 
   changeGroup() {
@@ -976,13 +963,13 @@ class FleetPage {
       box.element = h("li", { class: "box" }, h("header", {}, box.mark, h("a", { href: address("worker", name), "data-nav": true }, name), box.word), box.slots);
       box.element.box = box;
       this.boxes.set(name, box);
-      this.seen.observe(box.element);
+      this.observer.observe(box.element);
     }
     return this.boxes.get(name);
   }
 
   dropBox(name) {
-    this.seen.unobserve(this.boxes.get(name).element);
+    this.observer.unobserve(this.boxes.get(name).element);
     this.boxes.delete(name);
   }
 
@@ -1072,17 +1059,15 @@ function queueItem(vm) {
 const isThere = ({ name, uid }) => fleet.vms.get(name)?.uid === uid;
 
 function failureItem(vm) {
-  const name = isThere(vm) ? vmLink(vm.name) : h("span", { class: "clip" }, vm.name);
-  return h("li", {}, mark("failed"), name, ago(vm.when), h("p", {}, vm.message || "failed", vm.worker ? [" · ", workerLink(vm.worker)] : ""));
+  return h("li", {}, mark("failed"), isThere(vm) ? vmLink(vm.name) : clipped(vm.name), ago(vm.when), h("p", {}, vm.message || "failed", vm.worker ? [" · ", workerLink(vm.worker)] : ""));
 }
 
 // ---- page: VMs ----
 
-const AGES = [["", "any age"], ["h", "over 1 hour"], ["d", "over 1 day"], ["w", "over 1 week"]];
-const AGE_LIMITS = { h: HOUR, d: DAY, w: 7 * DAY };
+const AGES = [["", "any age"], [HOUR, "over 1 hour"], [DAY, "over 1 day"], [7 * DAY, "over 1 week"]];
 
 const SORTS = {
-  state: (vm) => vmState(vm), name: (vm) => vm.name, owner: (vm) => vm.createdBy || "", worker: (vm) => vm.worker || "",
+  state: vmState, name: (vm) => vm.name, owner: (vm) => vm.createdBy || "", worker: (vm) => vm.worker || "",
   image: (vm) => vm.image || "", age: (vm) => vm.createdAt || "",
 };
 
@@ -1109,23 +1094,21 @@ class VMsPage {
     ];
     this.table = new LongTable({ columns, label: "VMs", keyOf: (vm) => vm.uid, makeRow: (vm) => this.row(vm), onSort: (by) => this.changeSort(by) });
     this.table.element.append(this.none);
-    main.append(h("div", { class: "title" }, h("h1", {}, "VMs"), this.count, h("span", { class: "grow" }), this.selection), this.filters.element, this.table.element);
+    main.append(h("div", { class: "title" }, h("h1", {}, "VMs"), this.count, h("span", { class: "grow" }), this.selection), this.filters, this.table.element);
     this.drawSelection();
   }
 
   makeFilters() {
     const changed = () => this.draw();
-    const input = (name, label) => h("input", { type: "search", name, "aria-label": label, placeholder: label, value: this.initial.get(name) || "", size: 14, on: { input: changed } });
+    const input = (name, label, placeholder = label) => h("input", { type: "search", name, "aria-label": label, placeholder, value: this.initial.get(name) || "", size: 14, on: { input: changed } });
     const select = (name, label, choices) => {
       const options = choices.map(([value, text]) => h("option", { value, selected: value === this.initial.get(name) }, text));
       return h("select", { name, "aria-label": label, on: { change: changed } }, options);
     };
     const states = ["queued", "starting", "script", "running", "stopping", "stopped", "suspended", "failed"];
-    const element = h("form", { class: "tools", role: "search", on: { submit: (event) => event.preventDefault() } },
-      input("name", "Name"), select("state", "State", [["", "any state"], ...states.map((state) => [state, state])]),
+    return h("form", { class: "tools", role: "search", on: { submit: (event) => event.preventDefault() } },
+      input("name", "Name", "Name ( / )"), select("state", "State", [["", "any state"], ...states.map((state) => [state, state])]),
       input("owner", "Owner"), input("image", "Image"), input("label", "Label k=v"), input("metadata", "Metadata k=v"), select("age", "Age", AGES));
-    element.firstChild.setAttribute("placeholder", "Name ( / )");
-    return { element };
   }
 
   pickAll() {
@@ -1151,10 +1134,10 @@ class VMsPage {
   }
 
   draw() {
-    const matches = vmFilter(new FormData(this.filters.element));
+    const matches = vmFilter(new FormData(this.filters));
     const found = [];
     for (const vm of fleet.vms.values()) if (matches(vm)) found.push(vm);
-    // The youngest was created last.
+    // The youngest was created last, so ages ascend where times descend.
     const of = SORTS[this.sort.by], turn = this.sort.down === (this.sort.by === "age") ? 1 : -1;
     this.shown = found.sort((a, b) => turn * byText(of(a), of(b)) || byText(a.name, b.name));
     for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
@@ -1208,11 +1191,11 @@ class VMsPage {
   }
 }
 
-/** Return what tells whether a VM has all that a form asks for. */
+/** Return a function that tells whether a VM matches all filters of a form. */
 function vmFilter(form) {
   const wanted = (name) => (form.get(name) || "").trim().toLowerCase();
   const [name, state, owner, image, label, metadata] = ["name", "state", "owner", "image", "label", "metadata"].map(wanted);
-  const before = form.get("age") ? new Date(serverTime() - AGE_LIMITS[form.get("age")]).toISOString() : "";
+  const before = form.get("age") ? new Date(serverTime() - form.get("age")).toISOString() : "";
   const has = (map, text) => !text || pairs(map).some((pair) => pair.toLowerCase().includes(text));
   const includes = (value, text) => !text || (value || "").toLowerCase().includes(text);
   return (vm) => includes(vm.name, name) && (!state || vmState(vm) === state || (state === "running" && vmState(vm) === "script"))
@@ -1222,8 +1205,6 @@ function vmFilter(form) {
 // ---- page: worker ----
 
 class WorkerPage {
-  title = "Worker";
-
   constructor(name) {
     this.name = name;
     this.title = name;
@@ -1237,7 +1218,7 @@ class WorkerPage {
     this.none = empty("");
     this.vms = h("ul", { class: "list" });
     this.past = h("div", {}, empty("Loading…"));
-    // What is read later stands below what is there at once.
+    // What is read later is below what is there at once. A worker that is gone still has its last VMs.
     this.rest = [h("div", { class: "stack" }, panel("State", this.state), panel("VMs", h("div", { class: "two" }, this.vms, this.none))), panel("Disk and images", this.disk, this.images)];
     main.append(this.heading, h("div", { class: "columns halves" }, this.rest[0], h("div", { class: "stack" }, this.rest[1], panel("Last fifty VMs", this.past))));
     this.loadPast();
@@ -1255,7 +1236,7 @@ class WorkerPage {
     const worker = fleet.workers.get(this.name);
     for (const part of this.rest) part.hidden = !worker && !this.drawn;
     if (!worker) {
-      refill(this.heading, h("h1", {}, this.name), h("span", { class: "dim" }, fleet.complete ? "There is no such worker." : "Loading…"), h("div", { class: "actions" }));
+      refill(this.heading, ...titleOf(this.name, "", fleet.complete ? "There is no such worker." : "Loading…"));
       return;
     }
     if (!this.timer) {
@@ -1264,11 +1245,11 @@ class WorkerPage {
       this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
     }
     const state = workerState(worker);
-    if (this.drawn !== state) refill(this.heading, mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, state), h("div", { class: "row actions" }, this.actions(worker, state)));
+    if (this.drawn !== state) refill(this.heading, ...titleOf(this.name, state, state, this.actions(worker, state)));
     this.drawn = state;
     const used = Object.entries(worker.resources || {}).map(([name, amount]) => [name, `${worker.used?.[name] || 0} of ${amount} used`]);
     refill(this.state, facts([
-      ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && wholeTime(new Date(worker.drain.deadline))],
+      ["state", [state, worker.since && [" for ", ago(worker.since)]]], ["drain ends", worker.drain?.deadline && wholeTime(new Date(worker.drain.deadline))],
       ...(worker.health?.problems || []).map((one) => [one.what, h("span", { class: "s-warning" }, one.message)]),
       ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels, "labels")], ...used,
       ["registered", worker.createdAt && wholeTime(new Date(worker.createdAt))], ["by", worker.registeredBy],
@@ -1288,7 +1269,7 @@ class WorkerPage {
       worker.scheduling_paused && button("Resume", () => act(pause(false), `${this.name} takes VMs again`)),
       button("Drain…", () => this.drain()),
       actionButton("Delete…", { title: `Delete the worker ${this.name}?`, text: "Its VMs fail.", danger: true, run: () => send("DELETE", path), done: `Deleted ${this.name}` }),
-    ].filter(Boolean);
+    ];
   }
 
   async drain() {
@@ -1330,13 +1311,13 @@ class WorkerPage {
     const time = (value) => (value === null ? "–" : duration(value));
     refill(this.past,
       table("Compared with the fleet", ["Mean", "This worker", "Fleet"], [row("failed", "failed", percent), row("time to boot", "boot", time), row("time it ran", "run", time)]),
-      own.length ? h("ul", { class: "list" }, own.map((vm) => h("li", {}, mark(vm.status === "failed" ? "failed" : "stopped", vm.status), h("span", { class: "clip" }, vm.name), ago(vm.endedAt), h("p", {}, vm.message || `ended ${vm.status}`)))) : empty("No VM of this worker has ended yet."));
+      own.length ? h("ul", { class: "list" }, own.map((vm) => h("li", {}, mark(vm.status === "failed" ? "failed" : "stopped", vm.status), clipped(vm.name), ago(vm.endedAt), h("p", {}, vm.message || `ended ${vm.status}`)))) : empty("No VM of this worker has ended yet."));
   }
 }
 
 // ---- page: VM ----
 
-// What the controller or the worker sets: not part of a specification.
+// Fields that the controller or the worker sets, which are not part of a specification.
 const SET_BY_OTHERS = ["uid", "createdAt", "createdBy", "version", "generation", "observedGeneration", "status", "status_message", "worker", "assignedCPU", "assignedMemory",
   "scheduled_at", "started_at", "restarted_at", "restart_count", "localName", "tartName", "conditions", "image_fqn", "expiresAt", "startupExitCode", "startupEndedAt", "endedAt", "endRequest", "waitingSince"];
 const SCRIPT_FIELDS = ["startup_script", "startupOnFailure", "startupTimeoutSeconds", "net-softnet", "powerState"];
@@ -1358,9 +1339,8 @@ class VMPage {
     this.spec = h("div");
     this.log = new LogView(this.name, (event) => this.addLifecycle(event));
     this.lifecycle = [];
-    const lines = may("compute:connect") ? panel("Connect", ...connectLines(this.name)) : null;
     this.rest = h("div", { class: "columns halves" }, panel("State", this.facts), panel("Timeline", this.timeline), h("div", { class: "wide" }, this.log.element),
-      lines, panel("Specification", this.spec));
+      may("compute:connect") && panel("Connect", connectLines(this.name)), panel("Specification", this.spec));
     main.append(this.heading, this.rest);
     this.log.start();
   }
@@ -1378,7 +1358,7 @@ class VMPage {
     this.rest.hidden = !vm && !this.vm;
     if (!vm) {
       const text = fleet.complete ? (this.vm ? "deleted" : "There is no such VM.") : "Loading…";
-      refill(this.heading, h("h1", {}, this.name), h("span", { class: "word" }, text), h("div", { class: "actions" }));
+      refill(this.heading, ...titleOf(this.name, "", text));
       if (fleet.complete) this.log.end();
       this.drawn = "";
       return;
@@ -1389,7 +1369,7 @@ class VMPage {
     }
     this.vm = vm;
     const state = vmState(vm), drawn = `${state} ${vmPhase(vm)} ${vm.suspendable}`;
-    if (drawn !== this.drawn) refill(this.heading, mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, vmPhase(vm)), h("div", { class: "row actions" }, this.actions(vm, state)));
+    if (drawn !== this.drawn) refill(this.heading, ...titleOf(this.name, state, vmPhase(vm), this.actions(vm, state)));
     this.drawn = drawn;
     refill(this.facts, facts([
       ["message", vm.status_message || "–"], ["worker", workerLink(vm.worker)], ["image", vm.image], ["digest", clipped(vm.image_fqn || "–")], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
@@ -1438,7 +1418,7 @@ class VMPage {
       vm.status !== "pending" && actionButton("Restart…", { title: `Restart ${this.name}?`, text: "It starts anew from its image; what is on its disk is lost.", run: () => send("POST", `${path}/restart`), done: `${this.name} restarts` }),
       button("Token…", () => this.issueToken()), button("Again with a shell", () => this.startAgain(vm)),
       actionButton("Delete…", { title: `Delete ${this.name}?`, text: "Its disk is deleted with it.", danger: true, run: () => send("DELETE", path), done: `Deleted ${this.name}` }),
-    ].filter(Boolean);
+    ];
   }
 
   async issueToken() {
@@ -1454,15 +1434,15 @@ class VMPage {
 
   async startAgain(vm) {
     const spec = Object.fromEntries(Object.entries(specification(vm)).filter(([name]) => !SCRIPT_FIELDS.includes(name)));
-    let number = 1;
-    do spec.name = `${this.name}-shell${number > 1 ? `-${number}` : ""}`; while (fleet.vms.has(spec.name) && number++);
+    spec.name = `${this.name}-shell`;
+    for (let n = 2; fleet.vms.has(spec.name); n++) spec.name = `${this.name}-shell-${n}`;
     if (await act(() => send("POST", "/vms", { body: spec }), `Created ${spec.name}`)) location.hash = address("vm", spec.name);
   }
 }
 
 function connectLines(name) {
-  const lines = { ssh: `orchard ssh vm ${name}`, exec: `orchard exec vm ${name} -it`, "port forward": `orchard port-forward vm ${name} 8080:80`, VNC: `orchard vnc vm ${name}` };
-  return Object.entries(lines).map(([label, line]) => copyLine(line, label));
+  const lines = [["ssh", `ssh vm ${name}`], ["exec", `exec vm ${name} -it`], ["port forward", `port-forward vm ${name} 8080:80`], ["VNC", `vnc vm ${name}`]];
+  return lines.map(([label, line]) => copyLine(`orchard ${line}`, label));
 }
 
 // ---- the log of a VM ----
@@ -1472,7 +1452,9 @@ const MAX_LINES = 200000, MAX_CHARACTERS = 60e6, DROPPED_LINES = 10000, MAX_SHOW
 
 class LogView {
   constructor(name, onLifecycle) {
-    Object.assign(this, { name, onLifecycle, lines: [], shown: [], characters: 0, dropped: 0, cursor: "", follows: true, isOver: false });
+    Object.assign(this, { name, onLifecycle, lines: [], characters: 0, dropped: 0, cursor: "", follows: true, isOver: false });
+    // Those that match the search.
+    this.shown = this.lines;
     this.rows = h("div", { class: "rows" });
     this.sizer = h("div");
     this.box = h("div", { class: "logbox", tabindex: "0", role: "log", "aria-label": "Log", "aria-live": "off", on: { scroll: () => this.onScroll() } }, this.sizer, this.rows);
@@ -1484,7 +1466,7 @@ class LogView {
     this.onVisibility = () => (document.hidden ? this.pause() : this.start());
   }
 
-  /** Follow while the tab is seen: a browser has few connections. */
+  /** Follow while the tab is seen: a browser has few connections to a site. */
   start() {
     document.addEventListener("visibilitychange", this.onVisibility);
     if (!this.attempt && !this.isOver && !document.hidden) this.run();
@@ -1560,7 +1542,6 @@ class LogView {
   }
 
   draw() {
-    if (!this.search.value) this.shown = this.lines;
     const { shown, box } = this;
     this.sizer.style.height = `${shown.length * LINE_HEIGHT}px`;
     const bottom = Math.max(0, shown.length * LINE_HEIGHT - box.clientHeight);
@@ -1620,7 +1601,6 @@ const MAX_NAMED = 20;
 class ImagesPage {
   title = "Images";
   pulling = [];
-  ended = new AbortController();
   readAt = 0;
 
   mount(main) {
@@ -1636,7 +1616,7 @@ class ImagesPage {
 
   unmount() {
     clearInterval(this.timer);
-    this.ended.abort();
+    this.attempt.abort();
   }
 
   update(changed) {
@@ -1661,9 +1641,9 @@ class ImagesPage {
   async loadWorkers() {
     const images = new Map(), pulling = [], withImages = Date.now() - this.readAt > (this.count > 100 ? 10 * MINUTE : 0);
     let count = 0;
-    const end = new AbortController(), signal = AbortSignal.any([end.signal, this.ended.signal]);
+    const attempt = (this.attempt = new AbortController());
     try {
-      const answer = await send("GET", `/watch?kinds=workers&images=${withImages}`, { signal });
+      const answer = await send("GET", `/watch?kinds=workers&images=${withImages}`, { signal: attempt.signal });
       for await (const lines of jsonLines(answer)) {
         for (const { object: worker } of lines.filter((line) => line.kind === "worker")) {
           count++;
@@ -1673,7 +1653,7 @@ class ImagesPage {
         if (lines.some((line) => line.type === "BOOKMARK")) break;
       }
     } finally {
-      end.abort();
+      attempt.abort();
     }
     Object.assign(this, { pulling, count }, withImages && { images, readAt: Date.now() });
   }
@@ -1694,11 +1674,11 @@ class ImagesPage {
     const pulls = [];
     for (const { image, percent, worker } of this.pulling) pulls.push({ key: `w ${worker}`, image, text: `${percent || 0} %, in advance`, worker });
     for (const vm of fleet.vms.values()) if (/^pull/.test(vmPhase(vm))) pulls.push({ key: vm.uid, image: vm.image, text: `${vmPhase(vm)} for ${vm.name}`, worker: vm.worker });
-    keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", { class: "none" }, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), h("span", { class: "clip", title: one.image }, shortImage(one.image)), workerLink(one.worker), h("p", {}, one.text))));
+    keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", { class: "none" }, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), clipped(shortImage(one.image), one.image), workerLink(one.worker), h("p", {}, one.text))));
   }
 
   drawPrepull() {
-    const items = this.prepull.map((one) => h("li", {}, h("span"), h("span", { class: "clip", title: one.image }, one.image),
+    const items = this.prepull.map((one) => h("li", {}, h("span"), clipped(one.image),
       may("admin:write") ? button("Remove", () => this.change(this.prepull.filter((other) => other !== one), "It is not pulled in advance any more"), { class: "quiet", "aria-label": `Remove ${one.image}` }) : h("span"), h("p", {}, pairs(one.labels).join(" ") || "every worker")));
     refill(this.settings, items.length ? h("ul", { class: "list" }, items) : empty("No image is pulled in advance."));
   }
@@ -1729,7 +1709,7 @@ function addImage(images, { name, sizeBytes, lastUsed }, worker) {
 
 // ---- page: history ----
 
-// Entries of the history that are asked for at a time: to read more would take longer than a frame.
+// Entries of the history that are read at a time. To parse more would take longer than a frame.
 const HISTORY_PIECE = 1000;
 
 let ended = { at: 0, vms: null };
@@ -1746,7 +1726,7 @@ async function loadHistory() {
   return ended.vms;
 }
 
-/** Return the VMs that ended within a time until now, with `end` and the times `queue`, `boot` and `run` in milliseconds. */
+/** Return the VMs that ended within the last `age` milliseconds, with `end` and the times `queue`, `boot` and `run` in milliseconds. */
 async function readHistory(age) {
   const found = new Map();
   let since = new Date(serverTime() - age).toISOString(), limit = HISTORY_PIECE;
@@ -1757,7 +1737,7 @@ async function readHistory(age) {
       found.set(vm.uid, { ...vm, end, queue: assigned - created, boot: started - assigned, run: end - started });
     }
     if (piece.length < limit) return [...found.values()];
-    // Those that ended at the same time come again.
+    // The next piece begins with the VMs that ended at the same time as the last one of this piece.
     if (piece.at(-1).endedAt === since) limit *= 2;
     since = piece.at(-1).endedAt;
   }
@@ -1812,24 +1792,25 @@ function legend(a, b, shape = "") {
   return h("p", { class: `legend ${shape}` }, h("span", {}, h("i"), a), h("span", {}, h("i", { class: "b" }), b));
 }
 
-const PLOT = { width: 400, height: 150, left: 44, bottom: 18 };
+const PLOT = { width: 400, height: 150, left: 44, top: 8, floor: 132 };
 
 function plotFrame(label, most, format, hours) {
-  const { width, height, left, bottom } = PLOT, floor = height - bottom;
+  const { width, height, left, top, floor } = PLOT;
   const text = (x, y, value, anchor) => svg("text", { x, y, "text-anchor": anchor }, value);
   return svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${label}: at most ${format(most)}` },
-    svg("path", { class: "axis", d: `M${left} ${floor}H${width}M${left} 8H${width}`, fill: "none" }),
+    svg("path", { class: "axis", d: `M${left} ${floor}H${width}M${left} ${top}H${width}`, fill: "none" }),
     text(left - 6, 12, format(most), "end"), text(left - 6, floor, "0", "end"), text(left, height - 2, hours > 24 ? `${hours / 24} d ago` : `${hours} h ago`, "start"), text(width, height - 2, "now", "end"));
 }
 
 const plotX = (index) => PLOT.left + ((PLOT.width - PLOT.left) * index) / 24;
-const plotY = (value, most) => PLOT.height - PLOT.bottom - ((PLOT.height - PLOT.bottom - 8) * value) / most;
+const plotY = (value, most) => PLOT.floor - ((PLOT.floor - PLOT.top) * value) / most;
+const oneDecimal = (value) => String(Math.round(10 * value) / 10);
 
 function barPlot(label, values, bad, hours) {
-  const most = Math.max(1, ...values), plot = plotFrame(label, most, (value) => String(Math.round(10 * value) / 10), hours);
+  const most = Math.max(1, ...values), plot = plotFrame(label, most, oneDecimal, hours);
   const bars = (list, name) => list.forEach((value, index) => {
     const y = plotY(value, most);
-    if (value) plot.append(svg("rect", { class: name, x: plotX(index) + 2, y, width: plotX(1) - plotX(0) - 4, height: PLOT.height - PLOT.bottom - y }, svg("title", {}, String(Math.round(10 * value) / 10))));
+    if (value) plot.append(svg("rect", { class: name, x: plotX(index) + 2, y, width: plotX(1) - plotX(0) - 4, height: PLOT.floor - y }, svg("title", {}, oneDecimal(value))));
   });
   bars(values, "bars");
   bars(bad, "bad");
@@ -1875,31 +1856,28 @@ class APIPage {
   draw() {
     const wanted = this.search.value.toLowerCase(), groups = new Map();
     for (const [path, item] of Object.entries(this.document?.paths || {})) {
-      const shown = path.replace(`${BASE}/v1`, "").replace(/^\/v1(?=\/)/, "") || "/";
       for (const [method, operation] of Object.entries(item)) {
-        if (method === "parameters" || !`${method} ${shown} ${operation.summary} ${operation.description}`.toLowerCase().includes(wanted)) continue;
-        const first = shown.split("/")[1];
-        const group = !first || first.includes(".") || ["health", "metrics"].includes(first) ? "controller" : first;
+        if (method === "parameters" || !`${method} ${path} ${operation.summary} ${operation.description}`.toLowerCase().includes(wanted)) continue;
+        const first = path.split("/")[1], group = ["", "openapi.json", "health", "metrics"].includes(first) ? "controller" : first;
         if (!groups.has(group)) groups.set(group, []);
-        groups.get(group).push(operationItem(method.toUpperCase(), shown, operation, item.parameters || []));
+        groups.get(group).push(operationItem(method.toUpperCase(), path, operation));
       }
     }
     refill(this.body, ...[...groups].map(([group, items]) => panel(group, ...items)));
   }
 }
 
-function operationItem(method, path, operation, shared) {
-  const parameters = [...shared, ...(operation.parameters || [])].filter((one) => one.in === "query");
-  const rows = parameters.map((one) => h("tr", {}, h("td", { class: "mono" }, one.name), h("td", {}, one.description || "")));
+function operationItem(method, path, operation) {
+  const parameters = (operation.parameters || []).filter((one) => one.in === "query");
+  const rows = parameters.map((one) => h("tr", {}, h("td", { class: "mono" }, one.name), h("td", {}, one.description)));
   const body = operation.requestBody ? ` -H 'Content-Type: application/json' -d '${JSON.stringify(operation.requestBody.content["application/json"].example)}'` : "";
   const query = parameters.filter((one) => one.required).map((one, index) => `${index ? "&" : "?"}${one.name}=${one.name.toUpperCase()}`).join("");
   const verb = method === "GET" ? "" : ` -X ${method}`;
   const account = needsCredentials ? ` -u ${session.account}:$TOKEN` : "";
-  const stream = parameters.some((one) => ["since", "follow"].includes(one.name)) && path === "/watch" ? " -N" : "";
-  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, (_, word) => word.toUpperCase())}${query}'${body}`;
-  const answers = Object.entries(operation.responses || {}).map(([status, one]) => h("tr", {}, h("td", {}, status), h("td", {}, one.description || "")));
-  return h("details", { class: "op" }, h("summary", {}, h("span", { class: `method ${method}` }, method), h("code", {}, path), h("p", {}, operation.summary || operation.description || "")),
-    h("div", { class: "inside" }, operation.responses?.["101"] ? empty("A WebSocket, which curl does not speak.") : copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));
+  const line = `curl${path === "/watch" ? " -N" : ""}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, (_, word) => word.toUpperCase())}${query}'${body}`;
+  const answers = Object.entries(operation.responses).map(([status, one]) => h("tr", {}, h("td", {}, status), h("td", {}, one.description)));
+  return h("details", { class: "op" }, h("summary", {}, h("span", { class: `method ${method}` }, method), h("code", {}, path), h("p", {}, operation.summary)),
+    h("div", { class: "inside" }, operation.responses["101"] ? empty("A WebSocket, which curl does not speak.") : copyLine(line, `${method} ${path}`), rows.length > 0 && table("Parameters", ["Parameter", "Meaning"], rows), table("Answers", ["Status", "Meaning"], answers)));
 }
 
 // ---- the frame ----
@@ -1907,7 +1885,6 @@ function operationItem(method, path, operation, shared) {
 const PAGES = { fleet: FleetPage, vms: VMsPage, images: ImagesPage, history: HistoryPage, api: APIPage, worker: WorkerPage, vm: VMPage };
 const NAVIGATION = [["fleet", "Fleet"], ["vms", "VMs"], ["images", "Images"], ["history", "History"], ["api", "API"]];
 const KEYS = [["/", "search"], ["j", "next"], ["k", "the one before"], ["Enter", "open"], ["?", "these keys"]];
-const byId = (id) => document.getElementById(id);
 
 // Milliseconds after which drawing lets the browser paint.
 const PIECE = 2;
@@ -1936,7 +1913,7 @@ class Frame {
       this.isNew = false;
       this.page.update?.(changed);
     }
-    // What takes longer than a part of a frame goes on in the next one.
+    // The rest goes on in the next frame.
     const began = performance.now();
     for (const draw of later) {
       if (performance.now() - began > PIECE) this.schedule(draw);
@@ -1963,16 +1940,16 @@ class Frame {
       else link.removeAttribute("aria-current");
     }
     scrollTo(0, 0);
-    // Who came by a link or a form is at the beginning of the page, and hears its name.
+    // A screen reader then says the name of the page, and Tab leads to its first control.
     if (!isFirst) main.focus({ preventScroll: true });
-    // Before the browser paints.
+    // Now, since the browser might paint the empty page before the next frame.
     this.draw();
   }
 
   show() {
     byId("nav").replaceChildren(...NAVIGATION.map(([page, title]) => h("a", { href: `#/${page}`, "data-page": page }, title)));
-    const signedOut = needsCredentials && button("Sign out", signOut, { class: "quiet" });
-    byId("account").replaceChildren(session.account, ...(signedOut ? [signedOut] : []));
+    const signOutButton = needsCredentials ? button("Sign out", signOut, { class: "quiet" }) : "";
+    byId("account").replaceChildren(session.account, signOutButton);
     byId("top").hidden = false;
     setText(byId("connection"), "Connecting…");
     this.route();
@@ -2001,7 +1978,7 @@ class Frame {
   }
 
   showKeys() {
-    dialog({ title: "Keys", body: h("dl", { class: "facts" }, KEYS.map(([key, text]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, text)])) });
+    dialog({ title: "Keys", body: facts(KEYS.map(([key, text]) => [h("kbd", {}, key), text])) });
   }
 
   onKey(event) {
@@ -2033,7 +2010,6 @@ let stream = null;
 // Tabs of one browser pass the sign-in on: each has a sessionStorage of its own.
 const tabs = new BroadcastChannel(`orchard tabs ${BASE}`);
 
-/** Use an account. Raises RequestError, TypeError. */
 async function signIn(account, token) {
   const authorization = account || token ? authorizationOf(account, token) : "";
   const info = await ask("/controller/info", { authorization });
@@ -2084,12 +2060,7 @@ function showSignIn(message = "") {
 /** Return what another tab is signed in with, once one answers. */
 function askTabs() {
   return new Promise((resolve) => {
-    const take = ({ data }) => {
-      if (data.type !== "in") return;
-      tabs.removeEventListener("message", take);
-      resolve(data.stored);
-    };
-    tabs.addEventListener("message", take);
+    tabs.addEventListener("message", ({ data }) => data.type === "in" && resolve(data.stored));
     tabs.postMessage({ type: "who" });
   });
 }
