@@ -236,7 +236,7 @@ const workerState = (worker) => worker.state || "online";
 const slotsOf = (worker) => worker.resources?.[SLOTS] || 0;
 const isDiskLow = (disk) => disk?.totalBytes > 0 && (disk.freeBytes < 20e9 || disk.freeBytes < disk.totalBytes / 10);
 
-/** All VMs and workers, as the lines of a watch have told. `changed` collects the names since the last `takeChanges`. */
+/** All VMs and workers, by the lines of a watch. `changed` collects what has changed since the last `takeChanges`. */
 class Fleet {
   constructor() {
     this.vms = new Map();
@@ -250,10 +250,10 @@ class Fleet {
     this.failures = [];
     this.complete = false;
     this.listing = null;
-    this.changed = { vms: new Set(), workers: new Set() };
+    this.takeChanges();
   }
 
-  apply(line, now = serverTime()) {
+  apply(line) {
     if (line.type === "BEGIN") {
       this.listing = { vms: new Set(), workers: new Set() };
     } else if (line.type === "BOOKMARK") {
@@ -261,7 +261,7 @@ class Fleet {
     } else {
       const table = line.kind === "vm" ? "vms" : "workers";
       this.listing?.[table].add(line.object.name);
-      if (line.kind === "vm") this.putVM(line.type === "DELETED" ? null : line.object, line.object.name, now);
+      if (line.kind === "vm") this.putVM(line.type === "DELETED" ? null : line.object, line.object.name);
       else this.putWorker(line.type === "DELETED" ? null : line.object, line.object.name);
     }
   }
@@ -273,10 +273,10 @@ class Fleet {
     for (const name of [...this.workers.keys()]) if (!workers.has(name)) this.putWorker(null, name);
     this.listing = null;
     this.complete = true;
-    this.changed.workers.add("");
+    this.changed.all = true;
   }
 
-  putVM(vm, name, now = serverTime()) {
+  putVM(vm, name) {
     const old = this.vms.get(name);
     this.count(old, -1);
     this.count(vm, 1);
@@ -296,7 +296,7 @@ class Fleet {
     } else {
       this.vms.delete(name);
     }
-    if (vm?.status === "failed" && old && old.status !== "failed") this.addFailure(vm, new Date(now).toISOString());
+    if (vm?.status === "failed" && old && old.status !== "failed") this.addFailure(vm, new Date(serverTime()).toISOString());
     this.changed.vms.add(name);
   }
 
@@ -342,7 +342,8 @@ class Fleet {
 
   takeChanges() {
     const changed = this.changed;
-    this.changed = { vms: new Set(), workers: new Set() };
+    // The names of what has changed. `all`: draw everything, also what is not there.
+    this.changed = { all: false, vms: new Set(), workers: new Set() };
     return changed;
   }
 
@@ -686,6 +687,16 @@ async function refreshInfo() {
 // ---- parts of pages ----
 
 const address = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
+
+/** Decode a part of an address. A person may have typed one that cannot be decoded. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 const vmLink = (name) => h("a", { href: address("vm", name), class: "clip", title: name, "data-nav": true }, name);
 const workerLink = (name) => (name ? h("a", { href: address("worker", name), title: name }, name) : "–");
 const clipped = (text, title = text) => h("span", { class: "clip", title }, text);
@@ -732,18 +743,18 @@ function copyLine(text, label) {
 function dialog({ title, body = [], action = "", danger = false }) {
   const opener = document.activeElement, place = opener.closest("section, main, header") || byId("main");
   return new Promise((resolve) => {
-    const form = h("form", { method: "dialog" }, h("h2", {}, title), ...[body].flat(), h("div", { class: "actions" },
-      h("button", { value: "" }, action ? "Cancel" : "Close"),
+    const form = h("form", { method: "dialog" }, h("h2", {}, title), body, h("div", { class: "actions" },
+      // It submits nothing: Enter in a field presses the first button that does, and a field that is not valid keeps those shut.
+      button(action ? "Cancel" : "Close", () => element.close()),
       action && h("button", { value: "yes", class: danger ? "main danger" : "main" }, action)));
     const element = h("dialog", { "aria-label": title, on: { close: () => {
       const answer = element.returnValue === "yes" ? new FormData(form) : null;
       element.remove();
-      // What opened it may have been drawn anew since.
-      if (!opener.isConnected) focusIn(place.isConnected ? place : byId("main"), nameOf(opener), 0);
+      // The browser returns the focus to the opener, but that may have been drawn anew since.
+      if (!opener.isConnected && document.activeElement === document.body) focusIn(place.isConnected ? place : byId("main"), nameOf(opener), 0);
       resolve(answer);
     } } }, form);
     document.body.append(element);
-    element.returnValue = "";
     element.showModal();
   });
 }
@@ -844,6 +855,8 @@ class FleetPage {
     // Rows of slots to use again: new ones would be much garbage while a person scrolls.
     this.spare = [];
     this.earlier = [];
+    // Ages, and what has waited for too long.
+    this.timer = setInterval(() => document.hidden || this.drawLists(), 30 * SECOND);
     const tools = h("div", { class: "tools" }, h("h2", {}, "Workers"), this.search, h("label", {}, "Group by", this.select));
     main.append(h("h1", { class: "visually-hidden" }, "Fleet"), this.tiles, h("div", { class: "fleet" },
       this.problems.panel, h("section", { class: "workers", "aria-label": "Workers" }, tools, this.groups),
@@ -853,6 +866,7 @@ class FleetPage {
 
   unmount() {
     this.observer.disconnect();
+    clearInterval(this.timer);
   }
 
   list(title) {
@@ -871,10 +885,14 @@ class FleetPage {
 
   update(changed) {
     this.drawTiles();
-    if (changed.all || changed.workers.has("")) this.drawWorkers();
+    if (changed.all) this.drawWorkers();
     else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers(changed.workers);
     else if (this.search.value && changed.vms.size) this.drawWorkers(changed.workers);
     else for (const name of changed.workers) this.drawBox(name);
+    this.drawLists();
+  }
+
+  drawLists() {
     this.fill(this.problems, fleet.problems(), (one) => `${one.key} ${one.title} ${one.text} ${one.since}`, problemItem, "Nothing needs attention.");
     this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message} ${vm.priority}`, queueItem, "No VM waits for a worker.");
     this.drawFailures();
@@ -1882,7 +1900,7 @@ function operationItem(method, path, operation) {
 
 // ---- the frame ----
 
-const PAGES = { fleet: FleetPage, vms: VMsPage, images: ImagesPage, history: HistoryPage, api: APIPage, worker: WorkerPage, vm: VMPage };
+const PAGES = { __proto__: null, fleet: FleetPage, vms: VMsPage, images: ImagesPage, history: HistoryPage, api: APIPage, worker: WorkerPage, vm: VMPage };
 const NAVIGATION = [["fleet", "Fleet"], ["vms", "VMs"], ["images", "Images"], ["history", "History"], ["api", "API"]];
 const KEYS = [["/", "search"], ["j", "next"], ["k", "the one before"], ["Enter", "open"], ["?", "these keys"]];
 
@@ -1893,8 +1911,6 @@ class Frame {
   page = null;
   isScheduled = false;
   later = new Set();
-  // A page that was just mounted draws everything.
-  isNew = true;
 
   /** Draw what has changed, before the next frame that the browser paints. */
   schedule(draw = null) {
@@ -1908,11 +1924,7 @@ class Frame {
     this.isScheduled = false;
     const changed = fleet.takeChanges(), later = this.later;
     this.later = new Set();
-    changed.all = this.isNew;
-    if (this.page && (this.isNew || changed.vms.size || changed.workers.size)) {
-      this.isNew = false;
-      this.page.update?.(changed);
-    }
+    if (changed.all || changed.vms.size || changed.workers.size) this.page?.update?.(changed);
     // The rest goes on in the next frame.
     const began = performance.now();
     for (const draw of later) {
@@ -1922,19 +1934,19 @@ class Frame {
   }
 
   route() {
-    const [path, query] = (location.hash.slice(2) || "fleet").split("?");
-    const [kind, name] = path.split("/").map(decodeURIComponent);
-    const Page = PAGES[kind] || FleetPage;
-    this.page?.unmount?.();
+    const [path, query] = location.hash.slice(2).split("?");
+    const [wanted, name] = path.split("/").map(decoded);
+    const kind = wanted in PAGES ? wanted : "fleet";
+    this.leave();
     this.later = new Set();
     const main = byId("main"), isFirst = document.activeElement === document.body;
     main.replaceChildren();
-    this.page = new Page(name, new URLSearchParams(query || ""));
+    this.page = new PAGES[kind](name, new URLSearchParams(query));
     this.page.mount(main);
-    this.isNew = true;
+    fleet.changed.all = true;
     document.title = `${this.page.title} · Orchard`;
     main.setAttribute("aria-label", this.page.title);
-    const current = { worker: "fleet", vm: "vms" }[kind] || (PAGES[kind] ? kind : "fleet");
+    const current = { worker: "fleet", vm: "vms" }[kind] || kind;
     for (const link of byId("nav").children) {
       if (link.dataset.page === current) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -1956,10 +1968,15 @@ class Frame {
   }
 
   hide() {
-    this.page?.unmount?.();
-    this.page = null;
+    this.leave();
     byId("top").hidden = true;
     document.body.classList.remove("stale");
+  }
+
+  /** Leave the page that is shown, and its dialogs. */
+  leave() {
+    this.page?.unmount?.();
+    this.page = null;
     for (const open of document.querySelectorAll("dialog")) open.close();
   }
 
@@ -2081,8 +2098,6 @@ async function start() {
     byId("main").focus();
   });
   setInterval(tickTimes, SECOND);
-  // Ages and what has waited for too long.
-  setInterval(() => document.hidden || (fleet.changed.workers.add(" "), frame.schedule()), 30 * SECOND);
   let stored = needsCredentials ? sessionStorage.getItem(STORED) : "{}";
   if (!stored) {
     // Until another tab answers, which may be busy, a person can sign in.

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -55,6 +55,13 @@ _SET = """(field, value) => { field.value = value; field.dispatchEvent(new Event
 
 # Has the page ask for the history again, which it keeps for a while.
 _FORGET_HISTORY = "ended = { at: 0, vms: null }"
+
+
+@pytest.fixture(scope="module")
+def empty() -> Iterator[str]:
+    """Yield the URL of a cluster without workers and VMs, which asks for no credentials."""
+    with start_cluster(workers=0) as c:
+        yield c.url
 
 
 def made_history(number: int, now: datetime.datetime) -> dict[str, Any]:
@@ -154,6 +161,27 @@ def test_account_that_may_change_vms_has_the_buttons_for_it(tab: Page, fleet: Bl
     expect(tab.locator("main h1 + .word")).to_have_text("online")
 
 
+def test_dialog_is_confirmed_by_enter_and_closed_by_its_button_or_with_its_page(
+    tab: Page, fleet: BlockingCluster
+) -> None:
+    dialog = tab.get_by_role("dialog")
+    tab.goto(f"{fleet.url}/ui/#/worker/mac-06")
+    tab.get_by_role("button", name="Drain…").click()
+    tab.get_by_label("Deadline in minutes").fill("60")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("main h1 + .word")).to_have_text("draining")
+    fleet.client.workers.undrain("mac-06")
+    tab.goto(f"{fleet.url}/ui/#/images")
+    # The image is required, and is not given.
+    tab.get_by_role("button", name="Pre-pull…", exact=True).click()
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(dialog).to_have_count(0)
+    tab.get_by_role("button", name="Pre-pull…", exact=True).click()
+    tab.go_back()
+    expect(dialog).to_have_count(0)
+    expect(tab.get_by_role("main")).to_be_focused()
+
+
 def test_vm_is_started_again_without_its_script_and_deleted(tab: Page, fleet: BlockingCluster) -> None:
     fleet.client.vms.create(name="again", image=IMAGE, labels={"xcode": "99"}, startup_script=LONG_SCRIPT, metadata={"k": "v"})  # fmt: skip
     tab.goto(f"{fleet.url}/ui/#/vm/again")
@@ -242,6 +270,27 @@ def test_images_are_listed_and_pulled_in_advance(tab: Page, fleet: BlockingClust
     settings.get_by_role("button", name="Remove example.com/other").click()
     expect(settings).not_to_contain_text("example.com/other")
     assert fleet.client.cluster_settings.get().prepull == ()
+
+
+# ---- addresses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("vm/none", "There is no such VM."),
+        ("worker/none", "There is no such worker."),
+        ("vms", "There is no VM."),
+        # Not decodable, and the name of what each object has.
+        ("vm/100%", "There is no such VM."),
+        ("constructor", "No worker has registered yet."),
+    ],
+)
+def test_page_that_is_opened_first_says_what_is_not_there(
+    browser: Browser, empty: str, address: str, text: str
+) -> None:
+    with visiting(browser, empty) as visit:
+        expect(visit.open(address).locator("main")).to_contain_text(text)
 
 
 # ---- tables and plots -----------------------------------------------------------------------------------------------
