@@ -432,7 +432,14 @@ const BASE = location.pathname.replace(/\/ui\/.*$/, "");
 const STORED = `orchard ${BASE}`;
 const needsCredentials = document.documentElement.dataset.credentials !== "none";
 
-const session = { account: "", authorization: "", info: null };
+let session = null;
+beginSession();
+
+/** Begin a session, by default one in which nobody is signed in: it has no `info`. The requests of the one before are aborted. */
+function beginSession(account = "", authorization = "", info = null) {
+  session?.ended.abort();
+  session = { account, authorization, info, ended: new AbortController() };
+}
 
 class RequestError extends Error {
   constructor(status, message) {
@@ -447,12 +454,12 @@ function authorizationOf(account, token) {
   return `Basic ${btoa(String.fromCharCode(...new TextEncoder().encode(`${account}:${token}`)))}`;
 }
 
-/** Send a request below /v1. Raises RequestError for a refusal and TypeError where there is no answer. */
-async function send(method, path, { body, signal, authorization = session.authorization } = {}) {
+/** Send a request below /v1. Raises RequestError for a refusal, TypeError where there is no answer, and AbortError. */
+async function send(method, path, { body, signal = session.ended.signal, authorization = session.authorization } = {}) {
   const headers = authorization ? { Authorization: authorization } : {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await fetch(`${BASE}/v1${path}`, {
-    method, headers, signal, body: JSON.stringify(body),
+    method, headers, signal: AbortSignal.any([signal, session.ended.signal]), body: JSON.stringify(body),
     credentials: "omit", cache: "no-store", redirect: "error",
   });
   const ahead = Date.parse(answer.headers.get("Date")) - Date.now();
@@ -461,7 +468,7 @@ async function send(method, path, { body, signal, authorization = session.author
   if (answer.ok) return answer;
   // Not every proxy answers with JSON.
   const problem = await answer.json().catch(() => null);
-  if (answer.status === 401 && authorization === session.authorization && session.info) signOut();
+  if (answer.status === 401 && session.info) signOut();
   throw new RequestError(answer.status, problem?.message || `the controller answered ${answer.status}`);
 }
 
@@ -536,12 +543,16 @@ class Stream {
     this.asked = 0;
     this.waiting = new Set();
     this.isLeader = false;
-    this.ended = new AbortController();
+    this.ended = session.ended.signal;
   }
 
   start() {
     const key = `orchard ${BASE} ${session.account}`;
-    this.timer = setInterval(() => this.checkSilence(), 500);
+    const timer = setInterval(() => this.checkSilence(), 500);
+    this.ended.addEventListener("abort", () => {
+      clearInterval(timer);
+      this.channel?.close();
+    });
     // Without locks, as on a page from plain HTTP, each tab that is seen has a watch of its own.
     if (!navigator.locks) {
       this.lead();
@@ -550,13 +561,7 @@ class Stream {
     this.channel = new BroadcastChannel(key);
     this.channel.onmessage = ({ data }) => this.receive(data);
     this.channel.postMessage({ type: "hello", from: this.id });
-    navigator.locks.request(key, { signal: this.ended.signal }, () => this.lead()).catch(() => {});
-  }
-
-  stop() {
-    this.ended.abort();
-    clearInterval(this.timer);
-    this.channel?.close();
+    navigator.locks.request(key, { signal: this.ended }, () => this.lead()).catch(() => {});
   }
 
   // -- in the tab that leads
@@ -572,7 +577,7 @@ class Stream {
       this.notice(true);
       this.answerWaiting();
     };
-    while (!this.ended.signal.aborted) {
+    while (!this.ended.aborted) {
       if (!this.channel && document.hidden) {
         await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
       }
@@ -581,11 +586,11 @@ class Stream {
         pause = 0;
       } catch (error) {
         if (error.status === 401) return;
-        if (error.status === 403 && needsCredentials) return signOut(false, error.message);
+        if (error.status === 403 && needsCredentials) return signOut({ message: error.message });
         if (error.status === 410) this.revision = "";
         pause = error.status === 410 ? 0 : Math.min(2000, 250 + 2 * pause);
       }
-      if (this.ended.signal.aborted) return;
+      if (this.ended.aborted) return;
       this.notice(false);
       this.channel?.postMessage({ type: "lost" });
       await sleep(pause + 100 * Math.random());
@@ -596,7 +601,6 @@ class Stream {
   async watch(tell) {
     const attempt = new AbortController();
     const end = () => attempt.abort();
-    this.ended.signal.addEventListener("abort", end);
     let guard = setTimeout(end, LOST * SECOND);
     try {
       const since = this.revision ? `&since=${encodeURIComponent(this.revision)}` : "";
@@ -609,7 +613,6 @@ class Stream {
       }
     } finally {
       clearTimeout(guard);
-      this.ended.signal.removeEventListener("abort", end);
       attempt.abort();
     }
   }
@@ -766,6 +769,8 @@ async function act(action, done) {
     if (done) frame.say(done);
     return result ?? true;
   } catch (error) {
+    // The person has signed out.
+    if (error.name === "AbortError") return null;
     frame.say(reasonOf(error));
     // A role was taken away.
     if (error.status === 403) refreshInfo();
@@ -1098,7 +1103,8 @@ class VMsPage {
 
   mount(main) {
     this.sort = { by: "age", down: false };
-    this.picked = new Set();
+    // By name: the uid, since a VM that was deleted may be followed by another one of its name.
+    this.picked = new Map();
     this.filters = this.makeFilters();
     this.count = h("span", { class: "count" });
     this.selection = h("div", { class: "row" });
@@ -1113,7 +1119,6 @@ class VMsPage {
     this.table = new LongTable({ columns, label: "VMs", keyOf: (vm) => vm.uid, makeRow: (vm) => this.row(vm), onSort: (by) => this.changeSort(by) });
     this.table.element.append(this.none);
     main.append(h("div", { class: "title" }, h("h1", {}, "VMs"), this.count, h("span", { class: "grow" }), this.selection), this.filters, this.table.element);
-    this.drawSelection();
   }
 
   makeFilters() {
@@ -1131,10 +1136,10 @@ class VMsPage {
 
   pickAll() {
     const pick = (event) => {
-      this.picked = new Set(event.target.checked ? this.shown.map((vm) => vm.name) : []);
+      this.picked = new Map(event.target.checked ? this.shown.map((vm) => [vm.name, vm.uid]) : []);
       this.redraw();
     };
-    return h("input", { type: "checkbox", "aria-label": "Select all that are shown", on: { change: pick } });
+    return (this.all = h("input", { type: "checkbox", "aria-label": "Select all that are shown", on: { change: pick } }));
   }
 
   changeSort(by) {
@@ -1158,7 +1163,7 @@ class VMsPage {
     // The youngest was created last, so ages ascend where times descend.
     const of = SORTS[this.sort.by], turn = this.sort.down === (this.sort.by === "age") ? 1 : -1;
     this.shown = found.sort((a, b) => turn * byText(of(a), of(b)) || byText(a.name, b.name));
-    for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
+    for (const [name, uid] of this.picked) if (fleet.vms.get(name)?.uid !== uid) this.picked.delete(name);
     setText(this.count, found.length === fleet.vms.size ? number(found.length) : `${number(found.length)} of ${number(fleet.vms.size)}`);
     this.table.show(found, this.sort);
     setText(this.none, found.length ? "" : !fleet.complete ? "Loading…" : fleet.vms.size ? "No VM matches." : "There is no VM.");
@@ -1175,7 +1180,7 @@ class VMsPage {
 
   pick(vm) {
     const change = (event) => {
-      if (event.target.checked) this.picked.add(vm.name);
+      if (event.target.checked) this.picked.set(vm.name, vm.uid);
       else this.picked.delete(vm.name);
       this.drawSelection();
     };
@@ -1186,26 +1191,31 @@ class VMsPage {
 
   drawSelection() {
     const count = this.picked.size;
+    if (this.all) this.all.checked = this.shown.length > 0 && this.shown.every((vm) => this.picked.has(vm.name));
     const items = count ? [{ count }] : [];
     keyed(this.selection, items, (item) => item.count, () => h("span", { class: "row" }, `${number(count)} selected`, button("Delete…", () => this.deletePicked(), { class: "danger" })));
   }
 
   async deletePicked() {
-    const names = [...this.picked];
-    const list = names.slice(0, 20).join(", ") + (names.length > 20 ? ` and ${names.length - 20} more` : "");
-    if (!(await dialog({ title: `Delete ${plural(names.length, "VM")}?`, body: h("p", {}, list), action: "Delete", danger: true }))) return;
-    const left = [...names];
-    let failed = 0, why = "";
-    // More at the same time would take the connections of the other tabs.
+    const left = [...this.picked], count = plural(left.length, "VM");
+    const list = left.slice(0, 20).map(([name]) => name).join(", ") + (left.length > 20 ? ` and ${left.length - 20} more` : "");
+    if (!(await dialog({ title: `Delete ${count}?`, body: h("p", {}, list), action: "Delete", danger: true }))) return;
+    // The first refusal ends it, and what is left stays selected.
     const work = async () => {
-      for (let name = left.pop(); name !== undefined; name = left.pop()) {
-        await send("DELETE", vmPath(name)).catch((error) => { if (error.status !== 404) failed++, (why = error.message); });
+      while (left.length) {
+        const [name, uid] = left.pop();
+        if (fleet.vms.get(name)?.uid !== uid) continue;
+        try {
+          await send("DELETE", vmPath(name));
+        } catch (error) {
+          if (error.status === 404) continue;
+          left.length = 0;
+          throw error;
+        }
       }
     };
-    await Promise.all([work(), work()]);
-    this.picked.clear();
-    this.redraw();
-    frame.say(failed ? `${plural(failed, "VM")} could not be deleted: ${why}` : `Deleted ${plural(names.length, "VM")}`);
+    // More at the same time would take the connections of the other tabs.
+    await act(() => Promise.all([work(), work()]), `Deleted ${count}`);
   }
 }
 
@@ -1730,18 +1740,18 @@ function addImage(images, { name, sizeBytes, lastUsed }, worker) {
 // Entries of the history that are read at a time. To parse more would take longer than a frame.
 const HISTORY_PIECE = 1000;
 
-let ended = { at: 0, vms: null };
+let endedVMs = { at: 0, list: null };
 
 /** Return the VMs of the last week that have ended, the earliest first, or null where there is no answer. Kept for a while. */
 async function loadHistory() {
-  if (Date.now() - ended.at > 20 * SECOND) {
+  if (Date.now() - endedVMs.at > 20 * SECOND) {
     try {
-      ended = { at: Date.now(), vms: await readHistory(7 * DAY) };
+      endedVMs = { at: Date.now(), list: await readHistory(7 * DAY) };
     } catch {
       return null;
     }
   }
-  return ended.vms;
+  return endedVMs.list;
 }
 
 /** Return the VMs that ended within the last `age` milliseconds, with `end` and the times `queue`, `boot` and `run` in milliseconds. */
@@ -1960,7 +1970,7 @@ class Frame {
 
   show() {
     byId("nav").replaceChildren(...NAVIGATION.map(([page, title]) => h("a", { href: `#/${page}`, "data-page": page }, title)));
-    const signOutButton = needsCredentials ? button("Sign out", signOut, { class: "quiet" }) : "";
+    const signOutButton = needsCredentials ? button("Sign out", () => signOut(), { class: "quiet" }) : "";
     byId("account").replaceChildren(session.account, signOutButton);
     byId("top").hidden = false;
     setText(byId("connection"), "Connecting…");
@@ -2031,24 +2041,21 @@ async function signIn(account, token) {
   const authorization = account || token ? authorizationOf(account, token) : "";
   const info = await ask("/controller/info", { authorization });
   if (!(info.roles || []).includes("compute:read")) throw new RequestError(403, `The account "${account}" lacks the role compute:read.`);
-  Object.assign(session, { account, authorization, info });
+  beginSession(account, authorization, info);
   if (authorization) sessionStorage.setItem(STORED, JSON.stringify({ account, token }));
   stream = new Stream();
   frame.show();
   stream.start();
 }
 
-function signOut(isTold = false, message = "") {
+/** Sign out, and keep nothing of the cluster in memory. `isTold`: another tab did, and has told all tabs. */
+function signOut({ isTold = false, message = "" } = {}) {
   sessionStorage.removeItem(STORED);
-  stream?.stop();
-  if (isTold !== true) tabs.postMessage({ type: "out", account: session.account });
-  Object.assign(session, { account: "", authorization: "", info: null });
+  if (!isTold) tabs.postMessage({ type: "out", account: session.account });
+  beginSession();
   frame.hide();
-  // Nothing of the fleet stays in memory.
-  if (needsCredentials) {
-    fleet.clear();
-    ended = { at: 0, vms: null };
-  }
+  fleet.clear();
+  endedVMs = { at: 0, list: null };
   showSignIn(message);
 }
 
@@ -2085,7 +2092,7 @@ function askTabs() {
 function onTab({ data }) {
   const stored = sessionStorage.getItem(STORED);
   if (data.type === "who" && stored && session.info) tabs.postMessage({ type: "in", stored });
-  if (data.type === "out" && data.account === session.account && session.info && needsCredentials) signOut(true);
+  if (data.type === "out" && data.account === session.account && session.info) signOut({ isTold: true });
 }
 
 async function start() {
@@ -2111,6 +2118,8 @@ async function start() {
     try {
       return await signIn(account, token);
     } catch (problem) {
+      // A person has used the form meanwhile.
+      if (session.info) return;
       if (problem.status === 401 || problem.status === 403) return showSignIn(problem.status === 403 ? problem.message : "");
       setText(byId("main"), "The controller cannot be reached. Trying again.");
       await sleep(SECOND);

@@ -74,11 +74,15 @@ class Visit:
 
     def sign_in(self, account: str, token: str, page: str = "fleet") -> Page:
         tab = self.open(page)
-        tab.get_by_label("Service account").fill(account)
-        tab.get_by_label("Token").fill(token)
-        tab.get_by_role("button", name="Sign in").click()
+        submit_sign_in(tab, account, token)
         expect(tab.locator("#connection")).to_have_text("Live")
         return tab
+
+
+def submit_sign_in(tab: Page, account: str, token: str) -> None:
+    tab.get_by_label("Service account").fill(account)
+    tab.get_by_label("Token").fill(token)
+    tab.get_by_role("button", name="Sign in").click()
 
 
 @contextmanager

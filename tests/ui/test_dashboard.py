@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from harness.browser import PATIENCE, Visit, other_site, visiting
+from harness.browser import PATIENCE, Visit, other_site, submit_sign_in, visiting
 from harness.dashboard_site import FAILING_SCRIPT, IMAGE, LONG_SCRIPT, PAGES, PULLED, READER, WORKERS, WRITER
 from harness.processes import GENEROUS, call_main, free_port, started
 from playwright.sync_api import Browser, Page, Route, expect
@@ -54,7 +54,7 @@ AGES = {
 _SET = """(field, value) => { field.value = value; field.dispatchEvent(new Event(field.tagName === "SELECT" ? "change" : "input")); }"""
 
 # Has the page ask for the history again, which it keeps for a while.
-_FORGET_HISTORY = "ended = { at: 0, vms: null }"
+_FORGET_HISTORY = "endedVMs = { at: 0, list: null }"
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +88,13 @@ def made_history(number: int, now: datetime.datetime) -> dict[str, Any]:
 
 def test_sign_in_wrong_and_right(visit: Visit, fleet: BlockingCluster) -> None:
     tab = visit.open()
-    tab.get_by_label("Service account").fill(fleet.account)
-    tab.get_by_label("Token").fill("wrong")
-    tab.get_by_role("button", name="Sign in").click()
+    submit_sign_in(tab, fleet.account, "wrong")
     expect(tab.get_by_role("alert")).not_to_be_empty()
     expect(tab.get_by_role("navigation")).to_be_hidden()
     # A browser notes each refusal in its console.
     assert [problem for problem in visit.problems if "401" not in problem] == []
     visit.problems.clear()
-    tab.get_by_label("Token").fill(fleet.token)
-    tab.get_by_role("button", name="Sign in").click()
+    submit_sign_in(tab, fleet.account, fleet.token)
     expect(tab.locator("#connection")).to_have_text("Live")
     assert fleet.token not in json.dumps(visit.context.cookies()) + "".join(visit.requests)
     # A page that is loaded again is still signed in, and one that was signed out is not.
@@ -132,9 +129,7 @@ def test_page_follows_the_roles_of_its_account(visit: Visit, fleet: BlockingClus
     expect(tab.get_by_role("alert")).to_contain_text("compute:read")
     expect(tab.get_by_role("navigation")).to_be_hidden()
     accounts.replace(name, roles=["compute:read"], token=token)
-    tab.get_by_label("Service account").fill(name)
-    tab.get_by_label("Token").fill(token)
-    tab.get_by_role("button", name="Sign in").click()
+    submit_sign_in(tab, name, token)
     expect(tab.locator("#connection")).to_have_text("Live")
     accounts.delete(name)
     expect(tab.get_by_label("Token")).to_be_visible()
@@ -270,6 +265,61 @@ def test_images_are_listed_and_pulled_in_advance(tab: Page, fleet: BlockingClust
     settings.get_by_role("button", name="Remove example.com/other").click()
     expect(settings).not_to_contain_text("example.com/other")
     assert fleet.client.cluster_settings.get().prepull == ()
+
+
+_ADD_VMS = """(uids) => {
+  for (const uid of uids) fleet.apply({ type: "ADDED", kind: "vm", object: { name: "z", uid, image: "i", status: "running", createdAt: "2099-01-01T00:00:00Z" } });
+  frame.draw();
+}"""
+
+
+def test_vm_that_replaces_a_selected_one_is_not_selected(tab: Page, fleet: BlockingCluster) -> None:
+    tab.evaluate(_ADD_VMS, ["first"])
+    tab.goto(f"{fleet.url}/ui/#/vms?name=z")
+    one, every = tab.get_by_label("Select z"), tab.get_by_label("Select all that are shown")
+    one.check()
+    expect(every).to_be_checked()
+    tab.evaluate(_ADD_VMS, ["second"])
+    for box in (one, every):
+        expect(box).not_to_be_checked()
+    expect(tab.get_by_role("button", name="Delete…")).to_have_count(0)
+    tab.evaluate("fleet.apply({ type: 'DELETED', kind: 'vm', object: { name: 'z' } })")
+
+
+def test_refused_deletion_leaves_the_rest_selected(visit: Visit, fleet: BlockingCluster) -> None:
+    tab = visit.sign_in(fleet.account, fleet.token, "vms?name=ci-00")
+    visit.context.route("**/v1/vms/*", lambda route: route.fulfill(status=507, json={"message": "the disk is full"}))
+    tab.get_by_label("Select all that are shown").check()
+    tab.get_by_role("button", name="Delete…").click()
+    tab.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(tab.locator("#notices")).to_contain_text("the disk is full")
+    expect(tab.locator("main tbody input:checked")).to_have_count(10)
+    # No other VM has been tried than those that were under way. A browser notes each refusal in its console.
+    assert 1 <= len(visit.problems) <= 2
+    visit.problems.clear()
+
+
+def test_sign_out_ends_what_is_under_way(visit: Visit, fleet: BlockingCluster) -> None:
+    tab, held = visit.sign_in(fleet.account, fleet.token, "history"), list[Route]()
+    expect(tab.locator(".plot").first).to_be_visible()
+    tab.evaluate(_FORGET_HISTORY)
+    for path in ("vms/*", "history?*"):
+        visit.context.route(f"**/v1/{path}", lambda route: held.append(route))
+    with tab.expect_request("**/v1/history?*"):
+        tab.goto(f"{fleet.url}/ui/#/worker/mac-01")
+    tab.goto(f"{fleet.url}/ui/#/vms?name=ci-00")
+    tab.get_by_label("Select all that are shown").check()
+    tab.get_by_role("button", name="Delete…").click()
+    with tab.expect_request("**/v1/vms/*"):
+        tab.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    tab.get_by_role("button", name="Sign out").click()
+    for route in held:
+        route.fulfill(status=200, json=[])
+    submit_sign_in(tab, fleet.account, fleet.token)
+    expect(tab.locator("#connection")).to_have_text("Live")
+    # Nothing was deleted in the name of the next session, and nothing of the one before was kept.
+    assert sum("/v1/vms/" in url for url in visit.requests) <= 2
+    assert tab.evaluate("endedVMs.list") is None
 
 
 # ---- addresses ------------------------------------------------------------------------------------------------------
