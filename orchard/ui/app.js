@@ -1,7 +1,8 @@
 // The dashboard of an Orchard cluster.
 //
 // The fleet (class Fleet) is changed by the lines of one watch and knows no element. A page is mounted once and then told
-// which VMs and workers have changed. What comes from the cluster becomes text, never markup.
+// which VMs and workers have changed. `load` of a page reads what the watch does not carry: when the page is opened, and
+// after a lost connection. What comes from the cluster becomes text, never markup.
 "use strict";
 
 // ---- elements ----
@@ -536,9 +537,9 @@ class Stream {
     // The leader that sent the last block of lines, and the number of that block.
     this.at = "";
     this.revision = "";
-    this.heard = 0;
-    this.isLive = false;
-    this.wasLost = false;
+    this.heard = Date.now();
+    // Not known before the first answer.
+    this.isLive = null;
     // When this tab asked the leader for the whole fleet, and the tabs that wait for it from this one.
     this.asked = 0;
     this.waiting = new Set();
@@ -580,6 +581,7 @@ class Stream {
     while (!this.ended.aborted) {
       if (!this.channel && document.hidden) {
         await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+        continue;
       }
       try {
         await this.watch(tell);
@@ -597,10 +599,11 @@ class Stream {
     }
   }
 
-  /** Follow one watch until it ends or is silent. */
+  /** Follow one watch until it ends or is silent, or is this tab's own and the tab is hidden: a browser has few connections. */
   async watch(tell) {
     const attempt = new AbortController();
     const end = () => attempt.abort();
+    if (!this.channel) document.addEventListener("visibilitychange", end, { signal: attempt.signal });
     let guard = setTimeout(end, LOST * SECOND);
     try {
       const since = this.revision ? `&since=${encodeURIComponent(this.revision)}` : "";
@@ -661,22 +664,25 @@ class Stream {
   }
 
   checkSilence() {
-    if (this.isLive && Date.now() - this.heard > LOST * SECOND) this.notice(false);
+    if (this.isLive !== false && Date.now() - this.heard > LOST * SECOND) this.notice(false);
   }
 
   notice(isLive) {
     if (isLive) this.heard = Date.now();
     if (isLive !== this.isLive) {
+      const isBack = isLive && this.isLive === false;
       this.isLive = isLive;
       frame.showConnection(isLive);
-      if (isLive && this.wasLost) refreshInfo();
-      this.wasLost = !isLive;
+      if (isBack) {
+        refreshInfo();
+        frame.page.load?.();
+      }
     }
     frame.schedule();
   }
 }
 
-/** Ask again what this account may do: that may have changed, also with what ended the connection. */
+/** Ask again what this account may do: that may have changed, also while the connection was lost. */
 async function refreshInfo() {
   try {
     const roles = JSON.stringify(session.info.roles);
@@ -705,6 +711,16 @@ const workerLink = (name) => (name ? h("a", { href: address("worker", name), tit
 const clipped = (text, title = text) => h("span", { class: "clip", title }, text);
 const titleBar = (...parts) => h("div", { class: "title" }, h("h1", {}, parts.shift()), h("span", { class: "grow" }), ...parts);
 const empty = (text) => h("p", { class: "quiet-text" }, text);
+
+/** Return what `read` reads. Where it fails, return null, and show why in a place that has nothing to show yet. */
+async function readFor(place, read) {
+  try {
+    return await read();
+  } catch (error) {
+    if (place.matches(":has(> .quiet-text:only-child)")) refill(place, empty(reasonOf(error)));
+    return null;
+  }
+}
 
 function panel(title, ...children) {
   return h("section", { class: "panel", "aria-label": title }, h("h2", {}, title), ...children);
@@ -866,7 +882,6 @@ class FleetPage {
     main.append(h("h1", { class: "visually-hidden" }, "Fleet"), this.tiles, h("div", { class: "fleet" },
       this.problems.panel, h("section", { class: "workers", "aria-label": "Workers" }, tools, this.groups),
       h("div", { class: "stack" }, this.queue.panel, this.failures.panel)));
-    this.loadFailures();
   }
 
   unmount() {
@@ -879,7 +894,7 @@ class FleetPage {
     return { panel: h("section", { class: "panel", "aria-label": title }, h("h2", {}, title, " ", count), items, none), count, items, none };
   }
 
-  async loadFailures() {
+  async load() {
     try {
       this.earlier = (await readHistory(HOUR)).filter((vm) => vm.status === "failed").map((vm) => ({ ...vm, when: vm.endedAt }));
       this.drawFailures();
@@ -1249,6 +1264,11 @@ class WorkerPage {
     // What is read later is below what is there at once. A worker that is gone still has its last VMs.
     this.rest = [h("div", { class: "stack" }, panel("State", this.state), panel("VMs", h("div", { class: "two" }, this.vms, this.none))), panel("Disk and images", this.disk, this.images)];
     main.append(this.heading, h("div", { class: "columns halves" }, this.rest[0], h("div", { class: "stack" }, this.rest[1], panel("Last fifty VMs", this.past))));
+    this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
+  }
+
+  load() {
+    if (this.drawn) this.loadDetails();
     this.loadPast();
   }
 
@@ -1267,10 +1287,9 @@ class WorkerPage {
       refill(this.heading, ...titleOf(this.name, "", fleet.complete ? "There is no such worker." : "Loading…"));
       return;
     }
-    if (!this.timer) {
+    if (!this.drawn) {
       this.drawDisk(worker);
       this.loadDetails();
-      this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
     }
     const state = workerState(worker);
     if (this.drawn !== state) refill(this.heading, ...titleOf(this.name, state, state, this.actions(worker, state)));
@@ -1312,12 +1331,9 @@ class WorkerPage {
   }
 
   async loadDetails() {
-    let worker;
-    try {
-      worker = await ask(workerPath(this.name));
-    } catch {
-      return;
-    }
+    if (!fleet.workers.has(this.name)) return;
+    const worker = await readFor(this.images, () => ask(workerPath(this.name)));
+    if (!worker) return;
     this.drawDisk(worker);
     const rows = (worker.images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", {}, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
     refill(this.images, rows.length ? table("Images", ["Image", "Size", "Last used"], rows) : empty("It has reported no images."));
@@ -1330,7 +1346,7 @@ class WorkerPage {
   }
 
   async loadPast() {
-    const ended = await loadHistory();
+    const ended = await readFor(this.past, loadHistory);
     if (!ended) return;
     const own = ended.filter((vm) => vm.worker === this.name).slice(-50).reverse();
     const [mine, all] = [own, ended].map(summary);
@@ -1370,7 +1386,10 @@ class VMPage {
     this.rest = h("div", { class: "columns halves" }, panel("State", this.facts), panel("Timeline", this.timeline), h("div", { class: "wide" }, this.log.element),
       may("compute:connect") && panel("Connect", connectLines(this.name)), panel("Specification", this.spec));
     main.append(this.heading, this.rest);
-    this.log.start();
+  }
+
+  load() {
+    this.log.restart();
   }
 
   unmount() {
@@ -1498,6 +1517,11 @@ class LogView {
   start() {
     document.addEventListener("visibilitychange", this.onVisibility);
     if (!this.attempt && !this.isOver && !document.hidden) this.run();
+  }
+
+  restart() {
+    this.pause();
+    this.start();
   }
 
   pause() {
@@ -1638,8 +1662,8 @@ class ImagesPage {
     this.aside = h("div", { class: "stack", hidden: true }, panel("Pre-pull", this.settings), panel("Being pulled", this.pulls));
     main.append(titleBar("Images", may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
       h("div", { class: "columns aside" }, panel("On workers", this.list), this.aside));
-    this.load();
-    this.timer = setInterval(() => document.hidden || this.load(), 30 * SECOND);
+    // A slow connection may need longer than the interval for all images.
+    this.timer = setInterval(() => document.hidden || this.isLoading || this.load(), 30 * SECOND);
   }
 
   unmount() {
@@ -1652,13 +1676,14 @@ class ImagesPage {
   }
 
   async load() {
-    try {
+    this.isLoading = true;
+    const settings = await readFor(this.list, async () => {
       await this.loadWorkers();
-      const info = await ask(may("admin:read") ? "/cluster-settings" : "/controller/info");
-      this.prepull = info.prepull || [];
-    } catch {
-      return;
-    }
+      return ask(may("admin:read") ? "/cluster-settings" : "/controller/info");
+    });
+    this.isLoading = false;
+    if (!settings) return;
+    this.prepull = settings.prepull || [];
     this.aside.hidden = false;
     this.drawList();
     this.drawPulls();
@@ -1742,15 +1767,9 @@ const HISTORY_PIECE = 1000;
 
 let endedVMs = { at: 0, list: null };
 
-/** Return the VMs of the last week that have ended, the earliest first, or null where there is no answer. Kept for a while. */
+/** Return the VMs of the last week that have ended, the earliest first. Kept for a while. */
 async function loadHistory() {
-  if (Date.now() - endedVMs.at > 20 * SECOND) {
-    try {
-      endedVMs = { at: Date.now(), list: await readHistory(7 * DAY) };
-    } catch {
-      return null;
-    }
-  }
+  if (Date.now() - endedVMs.at > 20 * SECOND) endedVMs = { at: Date.now(), list: await readHistory(7 * DAY) };
   return endedVMs.list;
 }
 
@@ -1792,11 +1811,10 @@ class HistoryPage {
     this.hours = h("select", { on: { change: () => this.draw() } }, [[24, "24 hours"], [72, "3 days"], [168, "7 days"]].map(([value, text]) => h("option", { value }, text)));
     this.body = h("div", { class: "columns thirds" }, empty("Loading…"));
     main.append(titleBar("History", h("label", {}, "Last", this.hours)), this.body);
-    this.load();
   }
 
   async load() {
-    this.vms = await loadHistory();
+    this.vms = (await readFor(this.body, loadHistory)) || this.vms;
     if (this.vms) this.draw();
   }
 
@@ -1871,14 +1889,13 @@ class APIPage {
     this.body = h("div", { class: "stack" }, empty("Loading…"));
     this.search = h("input", { type: "search", placeholder: "Search ( / )", "aria-label": "Search the API", on: { input: () => this.draw() } });
     main.append(titleBar("API", h("a", { class: "button", href: `${BASE}/v1/openapi.json` }, "openapi.json")), h("div", { class: "tools" }, this.search), this.body);
-    this.load();
   }
 
   async load() {
-    const found = await act(() => ask("/openapi.json"));
-    if (!found) return;
-    this.document = found;
-    this.draw();
+    // To draw it again would close the operations that are open.
+    if (this.document) return;
+    this.document = await readFor(this.body, () => ask("/openapi.json"));
+    if (this.document) this.draw();
   }
 
   draw() {
@@ -1953,6 +1970,7 @@ class Frame {
     main.replaceChildren();
     this.page = new PAGES[kind](name, new URLSearchParams(query));
     this.page.mount(main);
+    this.page.load?.();
     fleet.changed.all = true;
     document.title = `${this.page.title} · Orchard`;
     main.setAttribute("aria-label", this.page.title);

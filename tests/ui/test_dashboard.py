@@ -500,7 +500,7 @@ def test_vm_that_is_created_appears_by_the_one_stream(shared: Visit, tab: Page, 
     expect(tab.locator(".box header a")).to_have_count(WORKERS)
     tab.evaluate(_NOTE_WHEN_SEEN, "just-created")
     # What the page asks for when it is opened has been answered once this is.
-    tab.evaluate("frame.page.loadFailures()")
+    tab.evaluate("frame.page.load()")
     assert sum("/v1/watch?kinds=vms,workers" in url for url in shared.requests) == 1
     before = len(shared.requests)
     fleet.client.vms.create(name="just-created", image=IMAGE, labels={"xcode": "99"})
@@ -577,6 +577,82 @@ def test_lost_connection_is_said_within_5_s_and_comes_back_also_after_a_kill(bro
         expect(tab.locator("main")).not_to_contain_text("kept")
         context.close()
         role.stop()
+
+
+def test_connection_that_does_not_come_about_is_said(visit: Visit, fleet: BlockingCluster) -> None:
+    visit.context.route("**/v1/watch?*", lambda route: route.abort())
+    tab = visit.open()
+    submit_sign_in(tab, fleet.account, fleet.token)
+    expect(tab.locator("#connection")).to_have_class(re.compile("lost"))
+    visit.context.unroute("**/v1/watch?*")
+    expect(tab.locator("#connection")).to_have_text("Live")
+    # A browser notes each request without an answer in its console.
+    visit.problems.clear()
+
+
+_LOSE_AND_REGAIN = "() => { stream.notice(false); stream.notice(true); }"
+
+
+@pytest.mark.parametrize(
+    ("page", "path", "content"),
+    [
+        ("history", "history?*", ".plot"),
+        ("api", "openapi.json", "details.op"),
+        ("images", "watch?kinds=workers&*", "table[aria-label=Images]"),
+        ("worker/mac-01", "history?*", "table[aria-label='Compared with the fleet']"),
+        ("worker/mac-01", "workers/*", "table[aria-label=Images]"),
+    ],
+)
+def test_page_says_why_it_is_empty_and_reads_again_after_a_lost_connection(
+    visit: Visit, fleet: BlockingCluster, page: str, path: str, content: str
+) -> None:
+    visit.context.route(f"**/v1/{path}", lambda route: route.fulfill(status=503, json={"message": "not now"}))
+    tab = visit.sign_in(fleet.account, fleet.token, page)
+    expect(tab.locator("main")).to_contain_text("not now")
+    visit.context.unroute(f"**/v1/{path}")
+    tab.evaluate(_LOSE_AND_REGAIN)
+    expect(tab.locator("main").locator(content).first).to_be_visible()
+    expect(tab.locator("main")).not_to_contain_text("not now")
+    visit.problems.clear()
+
+
+def test_log_goes_on_after_a_lost_connection(visit: Visit, fleet: BlockingCluster) -> None:
+    """A network that drops everything ends no connection."""
+    held: list[Route] = []
+    visit.context.route("**/v1/vms/ci-005/events?*", lambda route: route.continue_() if held else held.append(route))
+    tab = visit.sign_in(fleet.account, fleet.token)
+    with tab.expect_request("**/v1/vms/ci-005/events?*"):
+        tab.goto(f"{fleet.url}/ui/#/vm/ci-005")
+    tab.evaluate(_LOSE_AND_REGAIN)
+    expect(tab.get_by_role("log")).to_contain_text("step 1")
+
+
+def test_tab_without_locks_follows_the_cluster_while_it_is_seen(visit: Visit, fleet: BlockingCluster) -> None:
+    """As on a page from plain HTTP. A browser has few connections, which hidden tabs would take."""
+    visit.context.add_init_script("Object.defineProperty(Navigator.prototype, 'locks', { value: undefined })")
+    tab = visit.sign_in(fleet.account, fleet.token)
+    hide = "(hidden) => { Object.defineProperty(document, 'hidden', { configurable: true, value: hidden }); document.dispatchEvent(new Event('visibilitychange')); }"  # fmt: skip
+    with tab.expect_event("requestfailed", lambda request: "/v1/watch?" in request.url):
+        tab.evaluate(hide, True)
+    fleet.client.vms.create(name="unseen", image=IMAGE, labels={"xcode": "99"})
+    try:
+        tab.evaluate(hide, False)
+        expect(tab.get_by_role("region", name="Queue")).to_contain_text("unseen")
+        expect(tab.locator("#connection")).to_have_text("Live")
+    finally:
+        fleet.client.vms.delete("unseen")
+    assert sum("/v1/watch" in url for url in visit.requests) == 2
+
+
+def test_images_are_read_once_at_a_time(visit: Visit, fleet: BlockingCluster) -> None:
+    """Those of a thousand workers are tens of megabytes, which may take longer than the time until they are read again."""
+    visit.context.clock.install()
+    held: list[Route] = []
+    visit.context.route("**/v1/watch?kinds=workers&*", lambda route: held.append(route))
+    with visit.context.expect_event("request", lambda request: "kinds=workers&" in request.url):
+        tab = visit.sign_in(fleet.account, fleet.token, "images")
+    tab.clock.run_for(65_000)
+    assert len(held) == 1
 
 
 # ---- what VMs print -------------------------------------------------------------------------------------------------
