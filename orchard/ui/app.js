@@ -1649,6 +1649,9 @@ function logRow(event) {
 
 // Workers of an image whose names are shown.
 const MAX_NAMED = 20;
+const LABELS = "[\\s,]*([^\\s,=]+=[^\\s,]*([\\s,]+|$))*";
+
+const isSame = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
 class ImagesPage {
   title = "Images";
@@ -1732,22 +1735,27 @@ class ImagesPage {
 
   drawPrepull() {
     const items = this.prepull.map((one) => h("li", {}, h("span"), clipped(one.image),
-      may("admin:write") ? button("Remove", () => this.change(this.prepull.filter((other) => other !== one), "It is not pulled in advance any more"), { class: "quiet", "aria-label": `Remove ${one.image}` }) : h("span"), h("p", {}, pairs(one.labels).join(" ") || "every worker")));
+      may("admin:write") ? button("Remove", () => this.change((all) => all.filter((other) => !isSame(other, one)), "It is not pulled in advance any more"), { class: "quiet", "aria-label": `Remove ${one.image}` }) : h("span"), h("p", {}, pairs(one.labels).join(" ") || "every worker")));
     refill(this.settings, items.length ? h("ul", { class: "list" }, items) : empty("No image is pulled in advance."));
   }
 
   async addPrepull(image) {
     const answer = await dialog({ title: "Pull an image in advance", action: "Pre-pull", body: [
       h("label", { class: "stacked" }, "Image", h("input", { name: "image", value: image, required: true })),
-      h("label", { class: "stacked" }, "Labels of the workers, such as xcode=27 ssd=fast; empty: every worker", h("input", { name: "labels" }))] });
-    if (!answer?.get("image")) return;
-    const labels = Object.fromEntries(answer.get("labels").split(/[\s,]+/).filter((pair) => pair.includes("=")).map((pair) => pair.split(/=(.*)/s)));
-    this.change([...this.prepull, { image: answer.get("image").trim(), labels }], "Workers look at it within a minute");
+      h("label", { class: "stacked" }, "Labels of the workers, such as xcode=27 ssd=fast; empty: every worker",
+        h("input", { name: "labels", pattern: LABELS, title: "name=value, and a space before the next one" }))] });
+    if (!answer) return;
+    const labels = Object.fromEntries(answer.get("labels").split(/[\s,]+/).filter(Boolean).map((pair) => pair.split(/=(.*)/s)));
+    this.change((all) => [...all, { image: answer.get("image").trim(), labels }], "Workers look at it within a minute");
   }
 
-  async change(prepull, done) {
-    // Settings that a PUT leaves out may get their defaults.
-    const run = async () => send("PUT", "/cluster-settings", { body: { ...(await ask("/cluster-settings")), prepull } });
+  /** Change the list of what is pulled in advance: as it is now, since others may have changed it after this page read it. */
+  async change(changed, done) {
+    const run = async () => {
+      // Settings that a PUT leaves out may get their defaults.
+      const settings = await ask("/cluster-settings");
+      await send("PUT", "/cluster-settings", { body: { ...settings, prepull: changed(settings.prepull || []) } });
+    };
     if (await act(run, done)) this.load();
   }
 }

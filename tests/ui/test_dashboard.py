@@ -256,15 +256,24 @@ def test_images_are_listed_and_pulled_in_advance(tab: Page, fleet: BlockingClust
     tab.evaluate("fleet.apply({ type: 'DELETED', kind: 'vm', object: { name: 'pulled' } })")
     tab.get_by_role("button", name="Pre-pull…", exact=True).click()
     tab.get_by_label("Image", exact=True).fill("example.com/other")
-    tab.get_by_label("Labels of the workers").fill("xcode=99 rack=1")
+    # Without their names, every worker would pull the image.
+    tab.get_by_label("Labels of the workers").fill("xcode=99, 1")
+    tab.get_by_role("dialog").get_by_role("button", name="Pre-pull").click()
+    expect(tab.get_by_label("Labels of the workers")).to_be_focused()
+    tab.get_by_label("Labels of the workers").fill(" xcode=99, rack=a=b ")
     tab.get_by_role("dialog").get_by_role("button", name="Pre-pull").click()
     settings = tab.get_by_role("region", name="Pre-pull")
     expect(settings).to_contain_text("example.com/other")
     (wanted,) = fleet.client.cluster_settings.get().prepull
-    assert (wanted.image, wanted.labels) == ("example.com/other", {"xcode": "99", "rack": "1"})
+    assert (wanted.image, wanted.labels) == ("example.com/other", {"xcode": "99", "rack": "a=b"})
+    # Another administrator adds one after the page has read them.
+    own, added = {"image": "example.com/other", "labels": wanted.labels}, {"image": "example.com/added", "labels": {}}
+    fleet.client.request("PUT", "/cluster-settings", json={"prepull": [own, added]})
     settings.get_by_role("button", name="Remove example.com/other").click()
+    expect(settings).to_contain_text("example.com/added")
     expect(settings).not_to_contain_text("example.com/other")
-    assert fleet.client.cluster_settings.get().prepull == ()
+    assert [one.image for one in fleet.client.cluster_settings.get().prepull] == ["example.com/added"]
+    fleet.client.request("PUT", "/cluster-settings", json={"prepull": []})
 
 
 _ADD_VMS = """(uids) => {
