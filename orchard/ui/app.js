@@ -2035,21 +2035,21 @@ class Frame {
   }
 
   onKey(event) {
-    const isTyping = event.target.matches?.("input, select, textarea");
+    const isTyping = event.target.matches?.("input:not([type=checkbox]), select");
     if (event.key === "Escape" && isTyping && !document.querySelector("dialog")) byId("main").focus({ preventScroll: true });
     if (isTyping || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog") || !session.info) return;
     if (event.key === "?") this.showKeys();
     else if (event.key === "/") document.querySelector("main input[type=search]")?.focus();
-    else if (event.key === "j" || event.key === "k") this.move(event.key === "j" ? 1 : -1);
+    else if (event.key === "j" || event.key === "k") this.move(event.key === "j");
     else return;
     event.preventDefault();
   }
 
-  /** Give the focus to the next link to a worker or VM, or to the one before. */
-  move(step) {
+  /** Give the focus to the first link to a worker or VM after the control that has it, or to the last one before. */
+  move(isForward) {
     const links = [...document.querySelectorAll("main [data-nav]")].filter((link) => link.offsetParent);
-    const at = links.indexOf(document.activeElement);
-    const next = links[at < 0 ? (step > 0 ? 0 : links.length - 1) : at + step];
+    const here = document.activeElement, isAt = (link, place) => here.compareDocumentPosition(link) & place;
+    const next = isForward ? links.find((link) => isAt(link, Node.DOCUMENT_POSITION_FOLLOWING)) : links.findLast((link) => isAt(link, Node.DOCUMENT_POSITION_PRECEDING));
     next?.focus();
     next?.scrollIntoView({ block: "nearest" });
   }

@@ -256,6 +256,13 @@ def test_keys_lead_to_a_vm(tab: Page, fleet: BlockingCluster) -> None:
     expect(link).to_be_focused()
     tab.keyboard.press("Enter")
     expect(tab.locator("main h1")).to_have_text("ci-005")
+    # From another control of a row, the next link is that of the row.
+    tab.goto(f"{fleet.url}/ui/#/vms?name=ci-00")
+    rows = tab.locator("main tbody tr:not(.spacer)")
+    for key, row in (("j", 1), ("k", 0)):
+        rows.nth(1).get_by_role("checkbox").focus()
+        tab.keyboard.press(key)
+        expect(rows.nth(row).locator("[data-nav]")).to_be_focused()
 
 
 def focus_of(tab: Page) -> str:
