@@ -166,10 +166,15 @@ const shortImage = (image) => (image || "").replace(/^.*\//, "");
 const ESCAPES =
   /\x1b\[([0-9;:]*)m|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[PX^_][^\x1b]*(?:\x1b\\)?|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]/g;
 
+/** Return what a terminal shows of a line whose begin was printed over after carriage returns. */
+const lastPrinted = (line) => line.split("\r").findLast(Boolean) || "";
+
+/** Return what a terminal shows of a line, without its styles. */
+const plainText = (line) => lastPrinted(line).replace(ESCAPES, "");
+
 /** Split a line that a program printed for a terminal into [text, class] pairs. Other control sequences are left out. */
 function terminalParts(line) {
-  const shown = line.replace(/\r+$/, "").replace(/^.*\r/s, "");
-  const parts = [];
+  const shown = lastPrinted(line), parts = [];
   const style = { colour: "", bold: false, under: false };
   let end = 0;
   const add = (text) => {
@@ -198,8 +203,6 @@ function applyGraphics(style, codes) {
     else if ((code >= 30 && code <= 37) || (code >= 90 && code <= 97)) style.colour = `f${code % 10}`;
   }
 }
-
-const plainText = (line) => terminalParts(line).map(([text]) => text).join("");
 
 // ---- the fleet in memory ----
 
@@ -1406,7 +1409,8 @@ class VMPage {
     if (!vm) {
       const text = fleet.complete ? (this.vm ? "deleted" : "There is no such VM.") : "Loading…";
       refill(this.heading, ...titleOf(this.name, "", text));
-      if (fleet.complete) this.log.end();
+      // One that was not there yet may be created.
+      if (this.vm) this.log.end();
       this.drawn = "";
       return;
     }
@@ -1494,8 +1498,8 @@ function connectLines(name) {
 
 // ---- the log of a VM ----
 
-// What a log keeps in memory. Beyond that its oldest lines are dropped, some at a time.
-const MAX_LINES = 200000, MAX_CHARACTERS = 60e6, DROPPED_LINES = 10000, MAX_SHOWN = 4000, LINE_HEIGHT = 18;
+// What a log keeps in memory. Beyond that its oldest lines are dropped, so many that this share is left.
+const MAX_LINES = 200000, MAX_CHARACTERS = 60e6, LEFT = 0.95, MAX_SHOWN = 4000, LINE_HEIGHT = 18;
 
 class LogView {
   constructor(name, onLifecycle) {
@@ -1541,10 +1545,9 @@ class LogView {
 
   async run() {
     const attempt = (this.attempt = new AbortController());
-    while (this.attempt === attempt && !this.isOver) {
-      // A VM that this page does not know yet may be created.
+    while (!attempt.signal.aborted && !this.isOver) {
       if (fleet.vms.has(this.name)) await this.read(attempt.signal);
-      if (this.attempt === attempt && !this.isOver) await sleep(SECOND);
+      await sleep(SECOND);
     }
   }
 
@@ -1554,8 +1557,8 @@ class LogView {
       const answer = await send("GET", `${vmPath(this.name)}/events?follow=true&kinds=log_line,lifecycle${cursor}`, { signal });
       for await (const events of jsonLines(answer)) this.add(events);
     } catch (error) {
-      // The connection is lost, the VM is gone, or the page was left.
-      if (error.status === 400) this.cursor = "";
+      // The connection is lost, the VM is gone, or the page was left; or the controller has lost the last events that are shown.
+      if (error.status === 400 && !signal.aborted) frame.route();
     }
   }
 
@@ -1575,9 +1578,9 @@ class LogView {
   }
 
   drop() {
-    let count = Math.max(0, this.lines.length - MAX_LINES);
-    count = Math.min(this.lines.length, count + DROPPED_LINES);
-    for (const line of this.lines.splice(0, count)) this.characters -= line.payload.length;
+    let count = 0;
+    while (this.lines.length - count > LEFT * MAX_LINES || this.characters > LEFT * MAX_CHARACTERS) this.characters -= this.lines[count++].payload.length;
+    this.lines.splice(0, count);
     this.dropped += count;
     if (!this.follows && !this.search.value) this.box.scrollTop -= count * LINE_HEIGHT;
     this.select();

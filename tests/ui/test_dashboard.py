@@ -717,6 +717,53 @@ def test_log_of_200_000_lines(tab: Page, fleet: BlockingCluster) -> None:
         fleet.client.vms.delete("talker")
 
 
+def test_log_of_a_vm_that_is_created_after_its_page_was_opened(tab: Page, fleet: BlockingCluster) -> None:
+    tab.goto(f"{fleet.url}/ui/#/vm/late")
+    expect(tab.locator("main")).to_contain_text("There is no such VM.")
+    fleet.client.vms.create(name="late", image=IMAGE, startup_script=LONG_SCRIPT)
+    try:
+        expect(tab.get_by_role("log")).to_contain_text("step 1")
+    finally:
+        fleet.client.vms.delete("late")
+
+
+def test_log_begins_anew_where_the_controller_does_not_know_its_place(visit: Visit, fleet: BlockingCluster) -> None:
+    tab = visit.sign_in(fleet.account, fleet.token, "vm/ci-010")
+    line = tab.get_by_role("log").locator(".rows div", has_text="step 1")
+    expect(line).to_have_count(1)
+    tab.evaluate("() => { window.before = frame.page.log; before.cursor = '00000000-9'; before.restart(); }")
+    tab.wait_for_function("() => frame.page.log !== before && frame.page.log.lines.length", timeout=PATIENCE)
+    expect(line).to_have_count(1)
+    # A browser notes the refusal in its console.
+    visit.problems.clear()
+
+
+def test_log_of_long_lines_keeps_the_latest(tab: Page, fleet: BlockingCluster) -> None:
+    tab.goto(f"{fleet.url}/ui/#/vm/ci-005")
+    add = "(payload) => frame.page.log.add(Array.from({ length: 5000 }, () => ({ kind: 'log_line', payload, timestamp: 1 })))"
+    tab.evaluate(add, "x" * 16384)
+    kept, counted = tab.evaluate(
+        "[frame.page.log.lines.reduce((sum, line) => sum + line.payload.length, 0), frame.page.log.characters]"
+    )
+    assert 0.9 * 60e6 < kept == counted <= 60e6
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("plain", "plain"),
+        ("10 %\r50 %\r100 %\r", "100 %"),
+        ("\r\r", ""),
+        ("\x1b[1;31mred\x1b[0m \x1b]0;title\x07\x1b[2Kend", "red end"),
+        # A line that a hostile VM prints may not take the browser's time.
+        ("\r" * 2**20 + "x", "x"),
+    ],
+)
+def test_line_is_shown_as_by_a_terminal(tab: Page, line: str, shown: str) -> None:
+    both = "(line) => [plainText(line), terminalParts(line).map(([text]) => text).join('')]"
+    assert tab.evaluate(both, line) == [shown, shown]
+
+
 # ---- pages of other origins -----------------------------------------------------------------------------------------
 
 
