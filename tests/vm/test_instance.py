@@ -104,7 +104,7 @@ def test_status_and_condition_follow_from_the_phase(phase: Phase) -> None:
 
 
 def test_report_has_each_field_that_the_controller_takes() -> None:
-    """The others, `uid` and `restart_count`, are those of the VM."""
+    # With a value for each field that is reported only once it is known. `uid` and `restart_count` are those of the VM.
     report = InstanceState("running", observed=1, startup=Startup(0, 12.5)).report()
     assert report.keys() == json_names(VMReport) - {"uid", "restart_count"}
 
