@@ -36,7 +36,7 @@ NAME = "localhost/orchard-of-the-tests"
 
 
 def make_base(root: Path) -> None:
-    """Make a file system with this Python, its pip, a shell, and the programs that Containerfile calls."""
+    """Make a file system with this Python, its pip and setuptools, a shell, and the programs that Containerfile calls."""
     python = Path(str(getattr(sys, "_base_executable", sys.executable))).resolve()
     library = Path(sysconfig.get_path("stdlib"))
     shell, *others = programs = [Path(str(shutil.which(name))).resolve() for name in PROGRAMS]
@@ -51,7 +51,10 @@ def make_base(root: Path) -> None:
     # Compiled files come along: in the image each program would compile the modules that it imports.
     left_out = shutil.ignore_patterns(*LEFT_OUT)
     shutil.copytree(library, root / library.relative_to("/"), ignore=left_out, dirs_exist_ok=True)
-    shutil.copytree(Path(pip.__file__).parent, root / library.relative_to("/") / "pip", ignore=left_out)
+    site = Path(sysconfig.get_path("purelib"))
+    # With setuptools at hand, pip makes no environment to build the project in, which takes a quarter of the build.
+    for package in Path(pip.__file__).parent, *site.glob("setuptools*"), site / "_distutils_hack":
+        shutil.copytree(package, root / library.relative_to("/") / package.name, ignore=left_out)
     for link, target in {"bin/sh": shell, "usr/local/bin/python3": python}.items():
         (root / link).parent.mkdir(parents=True, exist_ok=True)
         (root / link).symlink_to(target)
@@ -101,7 +104,10 @@ def container(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
         for name in CONTEXT:
             shutil.copy(ROOT / name, context / name)
         pack_needed(context / "wheelhouse")
-        arguments = ("BASE=scratch", "PIP_OPTIONS=--quiet --no-compile --no-index --find-links wheelhouse")
+        arguments = (
+            "BASE=scratch",
+            "PIP_OPTIONS=--quiet --no-compile --no-index --no-build-isolation --find-links wheelhouse",
+        )
         words = [word for argument in arguments for word in ("--build-arg", argument)]
         buildah("build", "--isolation", "chroot", "--format", "docker", *lent, *words, "--tag", NAME, context)
         made[1].append(NAME)
