@@ -6,7 +6,8 @@ them.
 `write_private` writes a draft beside the file, syncs it and renames it, so that a crash leaves the old file or the new
 one. On macOS, fsync leaves data in the drive's cache; `sync_file` uses F_FULLFSYNC where the platform has it.
 
-The lock is flock(2), which ends with the process that holds it. The process number in the lock file is for people.
+The lock is flock(2), which ends with the process that holds it, and with what that process has forked and has not executed
+another program yet. The lock file holds the process number.
 
 This module imports little, because the supervisor of a VM must start fast.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ WORKER_LOCK_FILE = "worker-{name}.lock"
 WORKER_MEMORY_FILE = "worker-{name}.cluster"
 INSTANCE_ID_FILE = "instance-id"
 
+# How long a killed process may still hold a lock by what it has forked, and the interval of trying again.
+_RELEASE_SECONDS, _RETRY_SECONDS = 5.0, 0.02
 # The state holds the service accounts with their tokens.
 SECRET_FILES = (STATE_FILE, ACCESS_KEY_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE)
 
@@ -127,14 +131,30 @@ def lock_directory(directory: Path, file_name: str, *, shared: bool = False) -> 
     except OSError as error:
         raise LockError(f"{directory}: {error.strerror}") from error
     with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            owner = file.read().strip() or "unknown"
-            raise LockError(f"{directory} is in use by another process ({owner})") from None
+        until = time.monotonic() + _RELEASE_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except OSError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                if not _has_ended(owner) or time.monotonic() > until:
+                    raise LockError(f"{directory} is in use by another process ({owner})") from None
+            time.sleep(_RETRY_SECONDS)
         if not shared:
             file.seek(0)
             file.truncate()
             file.write(f"{os.getpid()}\n")
             file.flush()
         yield
+
+
+def _has_ended(owner: str) -> bool:
+    """Return whether no process has the number that a lock file holds."""
+    with contextlib.suppress(ValueError, OverflowError, PermissionError):
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            return True
+    return False

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,6 +108,38 @@ def test_locked_directory_is_refused_to_a_second_process(tmp_path: Path) -> None
         files.lock_directory(tmp_path, "lock"),
     ):
         raise AssertionError("the directory was locked twice")
+
+
+# Locks a directory, forks a process that waits, prints its number, and ends as if it was killed.
+LEAVING = """
+import os, pathlib, sys, time
+from orchard.base import files
+with files.lock_directory(pathlib.Path(sys.argv[1]), "lock"):
+    if child := os.fork():
+        print(child, flush=True)
+        os._exit(0)
+    time.sleep(1000)
+"""
+
+
+def test_lock_is_waited_for_while_only_a_fork_of_a_process_that_has_ended_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", LEAVING, str(tmp_path)], stdout=subprocess.PIPE, text=True) as left:
+        assert left.stdout is not None
+        fork = int(left.stdout.readline())
+
+    def end_fork(_: float = 0) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(fork, signal.SIGKILL)
+
+    # As when the fork begins to execute a program, while this process waits.
+    monkeypatch.setattr(time, "sleep", end_fork)
+    try:
+        with files.lock_directory(tmp_path, "lock"):
+            assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    finally:
+        end_fork()
 
 
 @pytest.mark.usefixtures("no_umask")
