@@ -75,15 +75,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests last: what fails is seen early. In every second process, those that wait begin before the fast ones.
 
     Else all processes would wait at the same time, and the processors would have nothing to do. The tests that wait for
-    longest come first.
+    longest come first. The tests in a browser are the first slow ones of one process: its browser and its fleet are made
+    again in each process that takes some of them, and processes take what comes last.
     """
     fast: list[pytest.Item] = []
+    browser: list[pytest.Item] = []
     slow: list[pytest.Item] = []
     waiting: list[tuple[float, pytest.Item]] = []
     for item in items:
         marker = item.get_closest_marker("slow")
         if marker is None:
             fast.append(item)
+        elif item.get_closest_marker("browser"):
+            browser.append(item)
         elif marker.args:
             waiting.append((*marker.args, item))
         else:
@@ -97,9 +101,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         size = left // (parts - part)
         left -= size
         waits, slows = longest[part::parts], slow[len(slow) * part // parts : len(slow) * (part + 1) // parts]
-        count = max(0, size - len(waits) - len(slows))
+        shows = [] if part else browser
+        count = max(0, size - len(shows) - len(waits) - len(slows))
         quick, fast = fast[:count], fast[count:]
-        items += [*waits, *quick, *slows] if part % 2 else [*quick, *waits, *slows]
+        items += [*waits, *quick, *slows] if part % 2 else [*quick, *shows, *waits, *slows]
 
 
 @pytest.hookimpl(wrapper=True)
