@@ -209,22 +209,21 @@ _UNNAMED = """() => [...document.querySelectorAll("a[href], button, input, selec
 _NUMBER = """() => {
   byId("skip").focus();
   window.steps = [];
+  const region = (one) => one.closest("header, .box, section, form, .title, tr");
   document.addEventListener("focusin", window.onStep ||= ({ target }) => {
     delete target.dataset.number;
-    const { outlineStyle, outlineWidth } = getComputedStyle(target);
-    steps.push({ target, isSeen: outlineStyle !== "none" && parseFloat(outlineWidth) >= 2 });
+    const { outlineStyle, outlineWidth } = getComputedStyle(target), before = steps.at(-1)?.target ?? target;
+    // At once, since a row may move later.
+    const [here, there] = [target, before].map((one) => one.getBoundingClientRect());
+    const goesBack = region(before) === region(target) && target !== before && here.top < there.bottom - 4 && here.left <= there.left;
+    steps.push({ target, isWrong: outlineStyle === "none" || parseFloat(outlineWidth) < 2 || goesBack });
   });
   const all = document.querySelectorAll("header a, header button, main a[href], main button, main input, main select, main summary, main [tabindex='0']");
   return [...all].filter((one) => one.checkVisibility()).map((one, index) => { one.dataset.number = index; }).length;
 }"""
 _LEFT = "[...document.querySelectorAll('[data-number]')].map((one) => one.outerHTML)"
 # Steps to a control of the same part of the page that is neither below the one before nor right of it, or that is not seen.
-_WRONG_STEPS = """() => steps.filter(({ target, isSeen }, index) => {
-  if (!isSeen || !index) return !isSeen;
-  const before = steps[index - 1].target, region = (one) => one.closest("header, .box, section, form, .title, tr");
-  const [here, there] = [target, before].map((one) => one.getBoundingClientRect());
-  return region(before) === region(target) && target !== before && here.top < there.bottom - 4 && here.left <= there.left;
-}).map(({ target }) => target.outerHTML)"""
+_WRONG_STEPS = "steps.filter(({ isWrong }) => isWrong).map(({ target }) => target.outerHTML)"
 
 
 @pytest.mark.parametrize(
