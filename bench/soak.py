@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import random
 import subprocess
@@ -380,4 +381,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Warnings also tell of a machine that is busy, such as of a scheduler that was late.
+    logging.getLogger("orchard").setLevel(logging.ERROR)
     sys.exit(main())
