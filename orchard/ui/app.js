@@ -2039,8 +2039,8 @@ class Frame {
 
   onKey(event) {
     const isTyping = event.target.matches?.("input:not([type=checkbox]), select");
-    if (event.key === "Escape" && isTyping && !document.querySelector("dialog")) byId("main").focus({ preventScroll: true });
-    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog") || !session.info) return;
+    if (event.key === "Escape" && isTyping && !document.querySelector("dialog[open]")) byId("main").focus({ preventScroll: true });
+    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") || !session.info) return;
     if (event.key === "?") this.showKeys();
     else if (event.key === "/") document.querySelector("main input[type=search]")?.focus();
     else if (event.key === "j" || event.key === "k") this.move(event.key === "j");
