@@ -6,8 +6,8 @@ them.
 `write_private` writes a draft beside the file, syncs it and renames it, so that a crash leaves the old file or the new
 one. On macOS, fsync leaves data in the drive's cache; `sync_file` uses F_FULLFSYNC where the platform has it.
 
-The lock is flock(2), which ends with the process that holds it, and with what that process has forked and has not executed
-another program yet. The lock file holds the process number.
+The lock is flock(2), which ends with the process that holds it. A process that this one has forked holds it, too, until
+it executes another program. The lock file has the number of the first process.
 
 This module imports little, because the supervisor of a VM must start fast.
 """
@@ -42,10 +42,11 @@ WORKER_LOCK_FILE = "worker-{name}.lock"
 WORKER_MEMORY_FILE = "worker-{name}.cluster"
 INSTANCE_ID_FILE = "instance-id"
 
-# How long a killed process may still hold a lock by what it has forked, and the interval of trying again.
-_RELEASE_SECONDS, _RETRY_SECONDS = 5.0, 0.02
 # The state holds the service accounts with their tokens.
 SECRET_FILES = (STATE_FILE, ACCESS_KEY_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE)
+
+# A killed process may hold a lock for so long by what it has forked. The lock is tried at this interval meanwhile.
+_RELEASE_SECONDS, _RETRY_SECONDS = 5.0, 0.02
 
 ACCESS_KEY_BYTES = 32
 

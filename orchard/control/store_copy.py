@@ -143,7 +143,7 @@ async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Cop
     result = await client.transact([], [get(f"{prefix}/head")])
     (found,), now = result["found"], result["revision"]
     if not found:
-        raise CopyError(f"there is no state in etcd with the prefix {prefix}; check --etcd-prefix")
+        raise CopyError(f"etcd has no state with the prefix {prefix}; check --etcd-prefix")
     head = decode_head(found[0])
     contents = EtcdContents(head.revision, prefix=prefix)
     await read_objects(client, contents, head, now)
@@ -209,7 +209,7 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
     except FileExistsError:
         raise CopyError(f"{draft} is left of a copy that was interrupted; remove it") from None
     with contextlib.ExitStack() as stack:
-        # A copy that fails leaves nothing. After the renaming there is no such directory.
+        # A copy that fails leaves nothing. One that succeeds has renamed the draft.
         stack.callback(shutil.rmtree, draft, ignore_errors=True)
         await _fill(draft, copy, events)
         draft.replace(directory)

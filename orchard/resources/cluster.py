@@ -34,7 +34,7 @@ IMAGE_INVENTORY = "image-inventory"
 # Limits of one worker's list. A longer list is cut, too.
 MAX_IMAGES = 200
 MAX_IMAGE_NAME = 512  # characters
-# The most tunnels into one VM, and requests for it that wait for its worker, which counts with no more.
+# The most tunnels into one VM, and the most requests for it that wait for its worker. The worker takes as many together.
 MAX_TUNNELS_OF_VM, MAX_PENDING_OF_VM = 1024, 256
 # The most webhooks of a cluster.
 MAX_WEBHOOKS = 10

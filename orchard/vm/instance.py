@@ -325,7 +325,7 @@ class Instance:
     async def _run(self, stay: Callable[..., Awaitable[None]]) -> None:
         """Run `stay`, the driver's `run` or `attach`, until the guest ends; end the guest for a newer generation.
 
-        Runs the startup script meanwhile. Raises DriverError if the guest ends and there is no newer generation.
+        Runs the startup script meanwhile. Raises DriverError if the guest ends without a newer generation.
         """
         # The guest's task ends last, and with it everything that uses the guest.
         async with trio.open_nursery() as nursery:
@@ -343,7 +343,7 @@ class Instance:
                 await self._finish()
             elif self._told or self._note.generation == self.vm.meta.generation:
                 raise DriverError(SHUT_DOWN)
-            # The guest may end before it is told to: an earlier worker has stopped it for the newer generation.
+            # An earlier worker may have stopped the guest for the newer generation, before this one does.
             if self.state.has_guest:
                 await self._end_guest()
         self._host.changed()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any, Literal
 
-from orchard.codec import format_time
+from orchard.codec import format_time, load_json
 from orchard.schema import SHUTDOWN_TIMEOUT, VM, GuestScript, Status
 from orchard.vm.driver import Hardware, LocalState, Script, ScriptKind
 
@@ -180,7 +180,7 @@ class Note:
     def parse(cls, text: str) -> Note:
         """Read what str() returned. Raises ValueError."""
         try:
-            match json.loads(text):
+            match load_json(text.encode()):
                 case [
                     int(generation),
                     [int(cpu), int(memory), int(disk)],
@@ -192,7 +192,7 @@ class Note:
                     # When the script ended is not noted, since the controller knows it.
                     startup = Startup(0, None) if script == "done" and startup is None else startup
                     return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown, resources)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             pass
         # The message does not show the text, which may hold secrets.
         raise ValueError(f"the note about a VM has {len(text)} characters and cannot be read")

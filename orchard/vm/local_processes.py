@@ -144,7 +144,7 @@ def _listening_sockets(port: int) -> set[str]:
         # A thousand connections take milliseconds, so only the listening sockets are read, which the kernel lists first
         # (Documentation/networking/proc_net_tcp.rst).
         with suppress(OSError), Path(table).open() as rows:
-            next(rows)
+            next(rows, None)
             # number, local address and port, remote ones, state (0A: listening), five more, inode
             for words in takewhile(lambda words: words[3] == "0A", map(str.split, rows)):
                 if int(words[1].rpartition(":")[2], 16) == port:

@@ -44,6 +44,7 @@ import trio
 from orchard import __version__
 from orchard.base.files import make_private, write_private
 from orchard.base.nursery import Wakeup
+from orchard.codec import load_json
 from orchard.resources.cluster import CachedImage, WorkerDisk
 from orchard.schema import LOCAL_PREFIX, NAME, VMSpec
 from orchard.vm import supervisor
@@ -400,10 +401,10 @@ class SyntheticDriver(Driver):
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads((self._directory(name) / "vm.json").read_text())
+            about: dict[str, Any] = load_json((self._directory(name) / "vm.json").read_bytes())
         except FileNotFoundError:
             raise NoSuchVM(f'the specified VM "{name}" does not exist') from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise DriverError(f'cannot read the file of VM "{name}" in {self._home}: {error}') from error
         return about
 

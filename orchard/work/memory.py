@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchard.base.files import INSTANCE_ID_FILE, make_private, write_private
+from orchard.codec import load_json
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -58,8 +59,8 @@ class ClusterMemory:
         self.is_restored = False
         self._path = path
         if path is not None:
-            with suppress(OSError, ValueError, RecursionError):
-                match json.loads(path.read_bytes()):
+            with suppress(OSError, ValueError):
+                match load_json(path.read_bytes()):
                     case [str(cluster_id), int(highest)]:
                         self.cluster_id, self.highest = cluster_id, highest
 
